@@ -1,0 +1,44 @@
+"""The paged K/V cache: one pair of block pools a layer, and the page table that says whose blocks are whose.
+
+K and V pools are [blocks, kv_heads / chips, 32, head_dim] on each chip, TILE layout. The page table is int32
+[slots, blocks per slot]: row s lists, in order, the blocks that hold slot s's tokens.
+"""
+
+from typing import Any
+
+import torch
+
+from disagg_tt.config import LlamaConfig
+from disagg_tt.device import ttnn
+from disagg_tt.device.host import host_tensor, to_device
+
+BLOCK = 32
+
+
+class PagedCache:
+    """Device tensors of the cache of one decode mesh."""
+
+    def __init__(self, mesh: Any, config: LlamaConfig, slots: int, blocks_per_slot: int, blocks: int, dtype: Any):
+        """Allocate zeroed pools of `blocks` blocks a layer and a page table for `slots` x `blocks_per_slot`."""
+        self.mesh, self.slots, self.blocks_per_slot, self.dtype = mesh, slots, blocks_per_slot, dtype
+        shape = [blocks, config.num_key_value_heads // mesh.get_num_devices(), BLOCK, config.head_dim]
+
+        def pool() -> Any:
+            return ttnn.zeros(
+                shape, dtype=dtype, layout=ttnn.TILE_LAYOUT, device=mesh, memory_config=ttnn.DRAM_MEMORY_CONFIG
+            )
+
+        self.layers = tuple((pool(), pool()) for _ in range(config.num_hidden_layers))
+        self._rows = torch.zeros(slots, blocks_per_slot, dtype=torch.int32)
+        self.page_table = to_device(mesh, self._rows, ttnn.int32)
+
+    def assign(self, slot: int, blocks: list[int]) -> None:
+        """Make `blocks` the pages of `slot`, in token order; modifies the page table on the device in place."""
+        self._rows[slot] = 0
+        self._rows[slot, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        ttnn.copy_host_to_device_tensor(host_tensor(self.mesh, self._rows, ttnn.int32), self.page_table)
+
+    def fill(self, layer: int, k: Any, v: Any, slot: int) -> None:
+        """Write K and V, each [1, kv_heads / chips, tokens, head_dim] of the cache's dtype, from token 0 of `slot`."""
+        for pool, values in zip(self.layers[layer], (k, v), strict=True):
+            ttnn.experimental.paged_fill_cache(pool, values, self.page_table, batch_idx=slot)

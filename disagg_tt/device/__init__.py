@@ -1,0 +1,77 @@
+"""The device layer: chooses ttnn or the emulator, once, for the whole process.
+
+Everybody else writes `from disagg_tt.device import ttnn` and never learns which of the two it got. `kind` says:
+
+    "ttnn"      the real runtime and real chips (or Tenstorrent's simulator)
+    "mock"      the real runtime on a mock cluster: every call is validated and allocated, tensor contents are garbage
+    "emulator"  disagg_tt.device.emulator, which defines the subset of ttnn that this program may use
+
+DISAGG_TT_DEVICE=ttnn|emulator decides; without it, ttnn where it is installed and something for it to drive is present.
+What a device of this kind cannot do is in `features`, the only such place.
+"""
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from disagg_tt.errors import InputError
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the program may ask of the device.
+
+    Attributes:
+        cross_queue_events: one command queue may wait for another's event (`--overlap queue`).
+        numbers: values read back are the computed ones (on a mock cluster they are garbage, see host.py).
+    """
+
+    cross_queue_events: bool
+    numbers: bool
+
+
+def choose(environ: dict[str, str] | os._Environ) -> tuple[str, str]:
+    """Return (kind, reason) for this environment; raises InputError for an unknown or impossible DISAGG_TT_DEVICE."""
+    wanted = environ.get("DISAGG_TT_DEVICE", "")
+    installed = find_spec("ttnn") is not None
+    real = "mock" if environ.get("TT_METAL_MOCK_CLUSTER_DESC_PATH") else "ttnn"
+    if wanted not in ("", "ttnn", "emulator"):
+        raise InputError(f"DISAGG_TT_DEVICE is {wanted!r}; it may be 'ttnn' or 'emulator', or unset to choose by itself")
+    if wanted == "emulator":
+        return "emulator", "DISAGG_TT_DEVICE=emulator"
+    if wanted == "ttnn":
+        if not installed:
+            raise InputError(
+                "DISAGG_TT_DEVICE is 'ttnn' but ttnn is not installed here; "
+                "install the extra with `pip install 'disagg_tt[ttnn]'` (Python 3.10 or 3.12) or unset the variable"
+            )
+        return real, "DISAGG_TT_DEVICE=ttnn"
+    if not installed:
+        return "emulator", "ttnn is not installed"
+    for sign in ("TT_METAL_MOCK_CLUSTER_DESC_PATH", "TT_METAL_SIMULATOR"):
+        if environ.get(sign):
+            return real, f"{sign} is set"
+    if Path("/dev/tenstorrent").exists():
+        return "ttnn", "a Tenstorrent card is present"
+    return "emulator", "ttnn is installed but no Tenstorrent card is present"
+
+
+kind, _reason = choose(os.environ)
+features = Features(cross_queue_events=kind != "mock", numbers=kind != "mock")
+
+ttnn: Any
+if kind == "emulator":
+    import disagg_tt.device.emulator as ttnn  # noqa: F811
+else:
+    # ttnn's own start-up banner is at loguru's DEBUG level.
+    logger.disable("ttnn")
+    import ttnn  # type: ignore[no-redef]
+
+
+def log_choice() -> None:
+    """Log, in one line, which device layer runs and why."""
+    logger.info("device layer: {} ({})", kind, _reason)

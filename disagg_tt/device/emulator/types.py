@@ -1,0 +1,369 @@
+"""ttnn's small value types: dtypes, layouts, shapes, core grids, memory and kernel configurations.
+
+Names, arguments and comparison follow ttnn 0.81. Value types compare by value; TensorSpec is interned, so that two equal
+specs are the same object and a validated call can be looked up by identity.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from disagg_tt.errors import DeviceError
+
+TILE_SIZE = 32
+
+
+class DataType(Enum):
+    """Element types. `bits` is the size of one element in a packed tile (block floats add one exponent byte a row of 16)."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+    UINT32 = "uint32"
+    INT32 = "int32"
+    UINT16 = "uint16"
+    UINT8 = "uint8"
+    BFLOAT8_B = "bfloat8_b"
+    BFLOAT4_B = "bfloat4_b"
+
+    @property
+    def is_float(self) -> bool:
+        return self in _FLOATS
+
+    @property
+    def is_block_float(self) -> bool:
+        return self in (DataType.BFLOAT8_B, DataType.BFLOAT4_B)
+
+    @property
+    def storage(self) -> torch.dtype:
+        """The torch dtype that holds emulated values: float32 for floats, int64 for integers (exact for uint32)."""
+        return torch.float32 if self.is_float else torch.int64
+
+    def bytes_of(self, elements: int) -> int:
+        """Return the packed size in bytes of `elements` elements (whole rows of 16 for block floats)."""
+        if self is DataType.BFLOAT8_B:
+            return elements + elements // 16
+        if self is DataType.BFLOAT4_B:
+            return elements // 2 + elements // 16
+        return elements * {"float32": 4, "uint32": 4, "int32": 4, "bfloat16": 2, "uint16": 2, "uint8": 1}[self.value]
+
+
+_FLOATS = {DataType.BFLOAT16, DataType.FLOAT32, DataType.BFLOAT8_B, DataType.BFLOAT4_B}
+
+
+class Layout(Enum):
+    ROW_MAJOR = 0
+    TILE = 1
+
+
+class BufferType(Enum):
+    DRAM = 0
+    L1 = 1
+
+
+class TensorMemoryLayout(Enum):
+    INTERLEAVED = 0
+    HEIGHT_SHARDED = 2
+    WIDTH_SHARDED = 3
+    BLOCK_SHARDED = 4
+
+
+class ShardOrientation(Enum):
+    ROW_MAJOR = 0
+    COL_MAJOR = 1
+
+
+class ShardStrategy(Enum):
+    HEIGHT = 1
+    WIDTH = 2
+    BLOCK = 3
+
+
+class MathFidelity(Enum):
+    LoFi = 0
+    HiFi2 = 2
+    HiFi3 = 3
+    HiFi4 = 4
+
+
+class UnaryOpType(Enum):
+    RELU = "relu"
+    GELU = "gelu"
+    SILU = "silu"
+
+
+class FabricConfig(Enum):
+    DISABLED = 0
+    FABRIC_1D = 1
+    FABRIC_2D = 2
+
+
+class DispatchCoreType(Enum):
+    WORKER = 0
+    ETH = 1
+
+
+@dataclass(frozen=True)
+class DispatchCoreConfig:
+    type: DispatchCoreType = DispatchCoreType.ETH
+
+
+class Shape(tuple):
+    """A tensor shape; compares equal to any sequence of the same numbers, as ttnn.Shape does."""
+
+    def __new__(cls, dims: Any) -> Shape:
+        return super().__new__(cls, (int(d) for d in dims))
+
+    def __eq__(self, other: object) -> bool:
+        return tuple(self) == tuple(other) if isinstance(other, (tuple, list)) else NotImplemented
+
+    __hash__ = tuple.__hash__
+
+    @property
+    def rank(self) -> int:
+        return len(self)
+
+    def __repr__(self) -> str:
+        return f"Shape({list(self)})"
+
+
+@dataclass(frozen=True)
+class CoreCoord:
+    x: int
+    y: int
+
+
+@dataclass(frozen=True)
+class CoreRange:
+    start: CoreCoord
+    end: CoreCoord
+
+    def num_cores(self) -> int:
+        return (self.end.x - self.start.x + 1) * (self.end.y - self.start.y + 1)
+
+
+class CoreRangeSet:
+    """A set of core rectangles."""
+
+    def __init__(self, ranges: Any):
+        self.ranges = tuple(ranges)
+
+    def num_cores(self) -> int:
+        return sum(r.num_cores() for r in self.ranges)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CoreRangeSet) and self.ranges == other.ranges
+
+    def __hash__(self) -> int:
+        return hash(self.ranges)
+
+    def __repr__(self) -> str:
+        return "{" + ", ".join(f"[{r.start.x}-{r.start.y} - {r.end.x}-{r.end.y}]" for r in self.ranges) + "}"
+
+
+@lru_cache(maxsize=256)
+def num_cores_to_corerangeset(target: int, grid: CoreCoord, row_wise: bool = False) -> CoreRangeSet:
+    """Return the first `target` cores of `grid`, row by row (or column by column); raises DeviceError if too few."""
+    if not 0 < target <= grid.x * grid.y:
+        raise DeviceError(f"{target} cores asked of a grid of {grid.x}x{grid.y}; at most {grid.x * grid.y} are there")
+    along, across = (grid.x, grid.y) if row_wise else (grid.y, grid.x)
+    full, rest = divmod(target, along)
+    assert full <= across
+
+    def box(a0: int, c0: int, a1: int, c1: int) -> CoreRange:
+        return CoreRange(CoreCoord(a0, c0), CoreCoord(a1, c1)) if row_wise else CoreRange(CoreCoord(c0, a0), CoreCoord(c1, a1))
+
+    ranges = ([box(0, 0, along - 1, full - 1)] if full else []) + ([box(0, full, rest - 1, full)] if rest else [])
+    return CoreRangeSet(ranges)
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    grid: CoreRangeSet
+    shape: tuple[int, int]
+    orientation: ShardOrientation = ShardOrientation.ROW_MAJOR
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Where a tensor lies: interleaved over banks, or sharded over cores by `shard_spec`."""
+
+    memory_layout: TensorMemoryLayout = TensorMemoryLayout.INTERLEAVED
+    buffer_type: BufferType = BufferType.DRAM
+    shard_spec: ShardSpec | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.memory_layout, self.buffer_type, self.shard_spec)))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined, no-any-return]
+
+    def is_sharded(self) -> bool:
+        return self.memory_layout is not TensorMemoryLayout.INTERLEAVED
+
+    def __repr__(self) -> str:
+        shard = f", shard {list(self.shard_spec.shape)} on {self.shard_spec.grid}" if self.shard_spec else ""
+        return f"{self.memory_layout.name} {self.buffer_type.name}{shard}"
+
+
+DRAM_MEMORY_CONFIG = MemoryConfig()
+L1_MEMORY_CONFIG = MemoryConfig(buffer_type=BufferType.L1)
+L1_HEIGHT_SHARDED_MEMORY_CONFIG = MemoryConfig(TensorMemoryLayout.HEIGHT_SHARDED, BufferType.L1)
+L1_WIDTH_SHARDED_MEMORY_CONFIG = MemoryConfig(TensorMemoryLayout.WIDTH_SHARDED, BufferType.L1)
+
+
+def create_sharded_memory_config(
+    shape: Any,
+    core_grid: CoreRangeSet,
+    strategy: ShardStrategy,
+    orientation: ShardOrientation | None = None,
+    use_height_and_width_as_shard_shape: bool = False,
+) -> MemoryConfig:
+    """Return an L1 sharded memory config; only the form that gives the shard's own height and width is supported."""
+    if not use_height_and_width_as_shard_shape:
+        raise DeviceError("create_sharded_memory_config: pass use_height_and_width_as_shard_shape=True with the shard's shape")
+    layout = TensorMemoryLayout[f"{strategy.name}_SHARDED"]
+    shard = ShardSpec(core_grid, (int(shape[-2]), int(shape[-1])), orientation or ShardOrientation.ROW_MAJOR)
+    return MemoryConfig(layout, BufferType.L1, shard)
+
+
+@dataclass(frozen=True)
+class WormholeComputeKernelConfig:
+    math_fidelity: MathFidelity = MathFidelity.HiFi2
+    math_approx_mode: bool = True
+    fp32_dest_acc_en: bool = False
+    packer_l1_acc: bool = False
+    dst_full_sync_en: bool = False
+
+
+@dataclass(frozen=True)
+class SDPAProgramConfig:
+    compute_with_storage_grid_size: CoreCoord
+    q_chunk_size: int
+    k_chunk_size: int
+    exp_approx_mode: bool | None = None
+    max_cores_per_head_batch: int = 16
+
+    def __init__(self, *, compute_with_storage_grid_size: CoreCoord, q_chunk_size: int, k_chunk_size: int,
+                 exp_approx_mode: bool | None = None, max_cores_per_head_batch: int = 16):  # fmt: skip
+        for name, size in (("q_chunk_size", q_chunk_size), ("k_chunk_size", k_chunk_size)):
+            if size % TILE_SIZE or size <= 0:
+                raise DeviceError(f"SDPAProgramConfig: {name} is {size}; it must be a positive multiple of {TILE_SIZE}")
+        for name, value in list(locals().items()):
+            if name in type(self).__dataclass_fields__:
+                object.__setattr__(self, name, value)
+
+
+class Spec:
+    """A tensor's shape, padded shape, dtype, layout and memory config on one chip; interned by `make_spec`."""
+
+    __slots__ = ("bytes", "dtype", "layout", "memory_config", "padded_shape", "shape")
+
+    def __init__(self, shape: Shape, padded: Shape, dtype: DataType, layout: Layout, memory_config: MemoryConfig):
+        self.shape, self.padded_shape, self.dtype, self.layout = shape, padded, dtype, layout
+        self.memory_config = memory_config
+        self.bytes = dtype.bytes_of(math.prod(padded))
+
+    def __repr__(self) -> str:
+        padded = "" if self.padded_shape == self.shape else f" padded to {list(self.padded_shape)}"
+        return f"{list(self.shape)}{padded} {self.dtype.value} {self.layout.name} {self.memory_config!r}"
+
+
+_specs: dict[Any, Spec] = {}
+
+
+def make_spec(
+    shape: Any,
+    dtype: DataType,
+    layout: Layout,
+    memory_config: MemoryConfig | None = None,
+    padded: Any = None,
+) -> Spec:
+    """Return the interned spec; TILE layout pads the last two axes to 32 unless `padded` says otherwise.
+
+    Raises DeviceError for a combination that no device tensor can have.
+    """
+    key = (tuple(shape), dtype, layout, memory_config, None if padded is None else tuple(padded))
+    spec = _specs.get(key)
+    if spec is not None:
+        return spec
+    shape = Shape(shape)
+    if any(d < 0 for d in shape):
+        raise DeviceError(f"tensor shape {list(shape)} has a negative axis; axes must be 0 or more")
+    if dtype.is_block_float and layout is not Layout.TILE:
+        raise DeviceError(f"{dtype.value} in {layout.name} layout; block floats exist in TILE layout only")
+    memory_config = memory_config or DRAM_MEMORY_CONFIG
+    if padded is None:
+        padded = tile_padded(shape) if layout is Layout.TILE else shape
+    spec = Spec(shape, Shape(padded), dtype, layout, memory_config)
+    canonical = (tuple(shape), dtype, layout, memory_config, tuple(spec.padded_shape))
+    spec = _specs.setdefault(canonical, spec)
+    _specs[key] = spec
+    return spec
+
+
+def tile_padded(shape: Any) -> tuple[int, ...]:
+    """Return `shape` with its last two axes rounded up to whole tiles (a rank-1 shape gets its only axis rounded)."""
+    dims = list(shape)
+    for axis in range(max(len(dims) - 2, 0), len(dims)):
+        dims[axis] = -(-dims[axis] // TILE_SIZE) * TILE_SIZE
+    return tuple(dims)
+
+
+class TensorSpec:
+    """ttnn.TensorSpec: shape, dtype, layout and placement, for allocate_tensor_on_device."""
+
+    def __init__(
+        self,
+        shape: Any,
+        dtype: DataType,
+        layout: Layout,
+        memory_layout: TensorMemoryLayout | BufferType = TensorMemoryLayout.INTERLEAVED,
+        shard_spec: ShardSpec | None = None,
+        buffer_type: BufferType = BufferType.DRAM,
+    ):
+        if isinstance(memory_layout, BufferType):
+            memory_layout, buffer_type = TensorMemoryLayout.INTERLEAVED, memory_layout
+        self.spec = make_spec(shape, dtype, layout, MemoryConfig(memory_layout, buffer_type, shard_spec))
+
+    shape = property(lambda self: self.spec.shape)
+    dtype = property(lambda self: self.spec.dtype)
+    layout = property(lambda self: self.spec.layout)
+    memory_config = property(lambda self: self.spec.memory_config)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TensorSpec) and self.spec is other.spec
+
+    def __hash__(self) -> int:
+        return hash(self.spec)
+
+    def __repr__(self) -> str:
+        return f"TensorSpec({self.spec!r})"
+
+
+class MeshShape(tuple):
+    """Rows and columns of a mesh: MeshShape(1, 2)."""
+
+    def __new__(cls, *dims: Any) -> MeshShape:
+        return super().__new__(cls, (int(d) for d in (dims[0] if len(dims) == 1 else dims)))
+
+    def mesh_size(self) -> int:
+        return math.prod(self)
+
+    def __repr__(self) -> str:
+        return f"MeshShape({list(self)})"
+
+
+class MeshCoordinate(tuple):
+    """A chip's place in a mesh: MeshCoordinate(0, 1)."""
+
+    def __new__(cls, *dims: Any) -> MeshCoordinate:
+        return super().__new__(cls, (int(d) for d in (dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims)))
+
+    def __repr__(self) -> str:
+        return f"MeshCoordinate({list(self)})"

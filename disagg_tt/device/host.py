@@ -1,0 +1,52 @@
+"""What crosses between host and device, both ways. The one place where a mock cluster's garbage is replaced.
+
+On a mock cluster every call is real except that values read back mean nothing. A caller of `read` therefore says what
+an ideal device would hold (`scripted`); that is returned there, and only there, and the log says so.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from loguru import logger
+
+from disagg_tt.device import features, ttnn
+
+_told = False
+
+
+def host_tensor(mesh: Any, values: torch.Tensor, dtype: Any, layout: Any = None) -> Any:
+    """Return `values` as a host tensor replicated over `mesh`, ready for copy_host_to_device_tensor."""
+    return ttnn.from_torch(
+        values,
+        dtype=dtype,
+        layout=ttnn.ROW_MAJOR_LAYOUT if layout is None else layout,
+        mesh_mapper=ttnn.ReplicateTensorToMesh(mesh),
+    )
+
+
+def to_device(mesh: Any, values: torch.Tensor, dtype: Any, layout: Any = None) -> Any:
+    """Return `values` as a device tensor in DRAM, the same on every chip of `mesh`."""
+    return ttnn.from_torch(
+        values,
+        dtype=dtype,
+        layout=ttnn.ROW_MAJOR_LAYOUT if layout is None else layout,
+        device=mesh,
+        memory_config=ttnn.DRAM_MEMORY_CONFIG,
+        mesh_mapper=ttnn.ReplicateTensorToMesh(mesh),
+    )
+
+
+def read(tensor: Any, scripted: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Return the first chip's copy of a replicated device tensor as a torch tensor, waiting for its computation.
+
+    On a mock cluster the device is read all the same (so that the call is checked) and `scripted()` is returned.
+    """
+    global _told
+    values = ttnn.to_torch(ttnn.get_device_tensors(tensor)[0])
+    if features.numbers:
+        return values
+    if not _told:
+        logger.warning("mock cluster: values read back from the device are garbage and replaced by scripted ones")
+        _told = True
+    return scripted()

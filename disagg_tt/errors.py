@@ -1,0 +1,52 @@
+"""Every error that disagg_tt raises on purpose, each with the value seen, the values allowed and the remedy.
+
+    DisaggError                       exit code 1
+    |- InputError                     exit code 2: the user can mend it, nothing has been started
+    |  |- PromptError                 a prompt that is empty or too long
+    |  |- CheckpointError             a checkpoint that is missing, damaged, or not a Llama
+    |  |- RankBindingError            a rank binding or mesh descriptor that does not make a prefill and a decode mesh
+    |  `- PlanError                   a model and cache that do not fit, or cannot be split over, the mesh
+    |- DeviceError                    a call that the device rejects, or that hardware would hang on or corrupt silently
+    |- StreamError                    a K/V stream that broke its protocol
+    `- PeerError                      the other rank died, hangs, never came, or failed (its reason is in the message)
+"""
+
+
+class DisaggError(Exception):
+    """Base of all errors raised on purpose. `exit_code` is what a command returns when one reaches it."""
+
+    exit_code = 1
+
+
+class InputError(DisaggError):
+    """A value given by the user is wrong; raised before any device is touched."""
+
+    exit_code = 2
+
+
+class PromptError(InputError):
+    """A prompt is empty or longer than the sequence limit."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint folder is missing, damaged, or of another architecture."""
+
+
+class RankBindingError(InputError):
+    """A rank binding, its roles or its mesh descriptor cannot make one prefill and at least one decode mesh."""
+
+
+class PlanError(InputError):
+    """The model or its cache does not fit the mesh's memory, or cannot be split over its chips."""
+
+
+class DeviceError(DisaggError):
+    """A device call is not acceptable: rejected by ttnn's rules, or one that hardware would hang on or corrupt."""
+
+
+class StreamError(DisaggError):
+    """A K/V stream broke its protocol: wrong order, wrong size, wrong metadata."""
+
+
+class PeerError(DisaggError):
+    """The other rank died, hangs, never came, or reported a failure."""
