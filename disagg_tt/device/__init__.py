@@ -11,7 +11,9 @@ What a device of this kind cannot do is in `features`, the only such place.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,13 +30,15 @@ class Features:
     Attributes:
         cross_queue_events: one command queue may wait for another's event (`--overlap queue`).
         numbers: values read back are the computed ones (on a mock cluster they are garbage, see host.py).
+        compiles: a program of a new shape is compiled at its first use, so every shape is worth a warm-up.
     """
 
     cross_queue_events: bool
     numbers: bool
+    compiles: bool
 
 
-def choose(environ: dict[str, str] | os._Environ) -> tuple[str, str]:
+def choose(environ: Mapping[str, str]) -> tuple[str, str]:
     """Return (kind, reason) for this environment; raises InputError for an unknown or impossible DISAGG_TT_DEVICE."""
     wanted = environ.get("DISAGG_TT_DEVICE", "")
     installed = find_spec("ttnn") is not None
@@ -61,15 +65,21 @@ def choose(environ: dict[str, str] | os._Environ) -> tuple[str, str]:
 
 
 kind, _reason = choose(os.environ)
-features = Features(cross_queue_events=kind != "mock", numbers=kind != "mock")
+features = Features(cross_queue_events=kind != "mock", numbers=kind != "mock", compiles=kind != "emulator")
 
-ttnn: Any
-if kind == "emulator":
-    import disagg_tt.device.emulator as ttnn  # noqa: F811
-else:
-    # ttnn's own start-up banner is at loguru's DEBUG level.
-    logger.disable("ttnn")
-    import ttnn  # type: ignore[no-redef]
+
+
+def __getattr__(name: str) -> Any:
+    """Load ttnn, or the emulator, when `ttnn` is first asked for: a launcher that only chooses loads neither."""
+    if name != "ttnn":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if kind == "emulator":
+        module = import_module("disagg_tt.device.emulator")
+    else:
+        logger.disable("ttnn")  # its banner; the level of the rest is TT_LOGGER_LEVEL's
+        module = import_module("ttnn")
+    globals()["ttnn"] = module
+    return module
 
 
 def log_choice() -> None:

@@ -91,6 +91,12 @@ class MeshDevice:
     def compute_with_storage_grid_size(self) -> CoreCoord:
         return self._grid
 
+    def reshape(self, new_shape: MeshShape) -> None:
+        """Arrange the same chips in another grid."""
+        if MeshShape(new_shape).mesh_size() != len(self._chips):
+            raise DeviceError(f"reshape: {tuple(new_shape)} holds another number of chips than {len(self._chips)}")
+        self.shape = MeshShape(new_shape)
+
     def get_submeshes(self) -> list[MeshDevice]:
         return list(self._submeshes)
 

@@ -1,0 +1,158 @@
+"""The contract of a K/V stream.
+
+One stream carries one request:  announce -> ready -> layers 0..L-1, K then V -> metadata.
+
+    sender    waiting --announce, ready--> streaming --finish--> done
+    receiver  waiting --accept-----------> streaming --finish--> done      any error: failed
+
+A call in the wrong state, a layer out of order, or metadata that does not fit the announcement raises StreamError and
+leaves the stream failed. K and V are [1, kv_heads / chips, whole tiles of tokens, head_dim] a chip, of the cache's
+dtype; only the prompt, rounded up to 32 tokens, ever travels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+
+from disagg_tt.core import TILE, Request
+from disagg_tt.errors import StreamError
+
+MAGIC, VERSION = 0x44544B56, 1
+
+
+class State(Enum):
+    WAITING = "waiting"
+    STREAMING = "streaming"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class PrefillTimes:
+    """When a request came, when its prefill started and when it was computed: s of the prefill rank's clock."""
+
+    called_at: float
+    started_at: float
+    computed_at: float
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What ends a stream: integers, sent as one uint32 tile (bfloat16 would turn token 35308 into 35328)."""
+
+    request: int
+    sequence_length: int
+    next_token: int
+    layers: int
+
+    def tile(self) -> torch.Tensor:
+        """Return the int64 [1, 1, 32, 32] tile: magic, version, then the fields in order."""
+        values = torch.zeros(1, 1, TILE, TILE, dtype=torch.int64)
+        fields = [MAGIC, VERSION, self.request, self.sequence_length, self.next_token, self.layers]
+        values[0, 0, 0, : len(fields)] = torch.tensor(fields)
+        return values
+
+    @classmethod
+    def from_tile(cls, tile: torch.Tensor) -> Metadata:
+        """Read a tile back; raises StreamError when it is not one of ours."""
+        magic, version, *fields = (int(v) for v in tile.to(torch.int64)[0, 0, 0, :6])
+        if (magic, version) != (MAGIC, VERSION):
+            raise StreamError(
+                f"metadata begins with {magic:#x}, version {version}; {MAGIC:#x}, version {VERSION} is needed: "
+                "the tile was corrupted, or another program sends on this socket"
+            )
+        return cls(*fields)
+
+
+class _Stream:
+    """The state both ends keep of the stream in hand."""
+
+    def __init__(self, layers: int):
+        self.layers = layers
+        self.state = State.DONE
+        self.request = -1
+        self.next_layer = 0
+
+    def begin(self, request: int) -> None:
+        if self.state is State.STREAMING:
+            self.fail(f"request {request} announced while request {self.request} is streaming; finish that first")
+        self.state, self.request, self.next_layer = State.WAITING, request, 0
+
+    def streaming(self) -> None:
+        self.need(State.WAITING, "starting to stream")
+        self.state = State.STREAMING
+
+    def layer(self, index: int) -> None:
+        self.need(State.STREAMING, f"layer {index}")
+        if index != self.next_layer or index >= self.layers:
+            self.fail(f"layer {index} of {self.layers}; layer {self.next_layer} is next, layers go in order, each once")
+        self.next_layer += 1
+
+    def end(self) -> None:
+        self.need(State.STREAMING, "the end")
+        if self.next_layer != self.layers:
+            self.fail(f"ended after {self.next_layer} of {self.layers} layers; send every layer first")
+        self.state = State.DONE
+
+    def need(self, state: State, what: str) -> None:
+        if self.state is not state:
+            self.fail(f"{what} in state {self.state.value}; it is allowed in state {state.value}")
+
+    def fail(self, reason: str) -> None:
+        self.state = State.FAILED
+        raise StreamError(f"K/V stream of request {self.request}: {reason}")
+
+
+class KVSender(ABC):
+    """The prefill side of a stream. `bytes_sent` counts what the transport wrote for the request in hand."""
+
+    def __init__(self, layers: int):
+        self.stream = _Stream(layers)
+        self.bytes_sent = 0
+
+    @abstractmethod
+    def announce(self, request: Request) -> None:
+        """Tell the receiver about `request` and wait until its cache is reserved; the stream is then streaming.
+
+        Raises PeerError when the receiver does not answer in time, died or failed.
+        """
+
+    @abstractmethod
+    def send_layer(self, layer: int, k: Any, v: Any) -> None:
+        """Enqueue sending layer `layer`'s K and V; does not wait. The tensors are kept alive as long as needed."""
+
+    @abstractmethod
+    def finish(self, metadata: Metadata, times: PrefillTimes) -> None:
+        """Send the metadata and wait until all of the stream has left; `times` are for the receiver's measurements."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the transport's resources; may be called in any state, and twice."""
+
+
+class KVReceiver(ABC):
+    """The decode side of a stream: fills the slot that it reserved as the layers come."""
+
+    def __init__(self, layers: int):
+        self.stream = _Stream(layers)
+
+    @abstractmethod
+    def accept(self, request: int, tokens: int, slot: int) -> None:
+        """Make `slot`, whose pages are assigned, ready for `tokens` tokens of `request`, and tell the sender so."""
+
+    @abstractmethod
+    def receive_layer(self, layer: int) -> None:
+        """Enqueue receiving one layer that the sender is known to have enqueued, and writing it into the cache."""
+
+    @abstractmethod
+    def finish(self) -> Metadata:
+        """Receive the metadata, wait until everything has arrived, and return it; raises StreamError if it is wrong."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the transport's resources; may be called in any state, and twice."""

@@ -1,0 +1,221 @@
+"""Control messages between the prefill and the decode rank: one schema, one channel.
+
+    hello     both ways, first: what each side runs (compared), its clock, and the prefill side's plan
+    announce  prefill -> decode: a request's id, prompt tokens, new tokens at most
+    ready     decode -> prefill: its slot is reserved
+    layer     prefill -> decode: one layer's K and V are enqueued on the socket, and when (prefill's clock, s)
+    sent      prefill -> decode: the metadata too; and when the request came, its prefill started and was computed
+    done      decode -> prefill: a request's answer is complete
+    busy      both ways: loading or decoding, so that a long wait is no silence
+    ping, pong  comparing clocks
+    bye       prefill -> decode: no more requests
+    failed    both ways: the sender ends with this reason
+
+Between ranks the channel is a pyzmq PAIR socket on loopback or the ranks' host, whose address the ranks exchange through
+the distributed context. A message is JSON of at most 1 MiB whose fields are checked before use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket as sockets
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from disagg_tt.errors import PeerError, StreamError
+
+Message = dict[str, Any]
+Handler = Callable[[Message], None]
+
+SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "hello": {"digest": str, "settings": dict, "requests": int, "tokens": int},
+    "announce": {"request": int, "tokens": int, "max_new_tokens": int},
+    "ready": {"request": int, "slot": int},
+    "layer": {"request": int, "layer": int, "at": float},
+    "sent": {"request": int, "called_at": float, "started_at": float, "computed_at": float},
+    "done": {"request": int, "answer": dict},
+    "busy": {},
+    "ping": {"at": float},
+    "pong": {"at": float, "seen": float},
+    "bye": {},
+    "failed": {"reason": str},
+}
+MAX_BYTES = 1 << 20
+ADDRESS_BYTES = 64
+
+
+def check(message: object) -> Message:
+    """Return `message` if it fits the schema; raises StreamError naming what does not."""
+    if not isinstance(message, dict) or message.get("kind") not in SCHEMA:
+        raise StreamError(f"control message {str(message)[:200]!r}; its kind must be one of {', '.join(SCHEMA)}")
+    fields = SCHEMA[message["kind"]]
+    for name, kind in fields.items():
+        value = message.get(name)
+        right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+        if not right or (kind is int and value < 0):  # type: ignore[operator]
+            raise StreamError(f"control message {message['kind']}: {name} is {value!r}; a valid {kind} is needed")
+    if set(message) != {"kind", *fields}:
+        raise StreamError(f"control message {message['kind']} has fields {sorted(message)}; allowed: {sorted(fields)}")
+    return message
+
+
+class Control(Protocol):
+    """One end of the channel. `receive` raises PeerError for a `failed` message, a lost peer, or a passed deadline."""
+
+    def send(self, kind: str, **fields: Any) -> None: ...
+    def receive(self, timeout_s: float, what: str) -> Message: ...
+    def poll(self) -> Message | None: ...
+    def close(self) -> None: ...
+
+
+class LocalControl:
+    """Both ends in one process: a message is handled by the other end's handler at once, or waits in its inbox."""
+
+    def __init__(self) -> None:
+        self.peer: LocalControl | None = None
+        self.handler: Handler | None = None
+        self._inbox: deque[Message] = deque()
+
+    @classmethod
+    def pair(cls) -> tuple[LocalControl, LocalControl]:
+        one, other = cls(), cls()
+        one.peer, other.peer = other, one
+        return one, other
+
+    def send(self, kind: str, **fields: Any) -> None:
+        assert self.peer is not None
+        message = check({"kind": kind, **fields})
+        if self.peer.handler is not None:
+            self.peer.handler(message)
+        else:
+            self.peer._inbox.append(message)
+
+    def receive(self, timeout_s: float, what: str) -> Message:
+        message = self.poll()
+        if message is None:
+            raise PeerError(f"{what}: nothing came, and in one process nothing else can; this is a deadlock")
+        return message
+
+    def poll(self) -> Message | None:
+        return self._inbox.popleft() if self._inbox else None
+
+    def close(self) -> None:
+        self.handler = None
+
+
+class ZmqControl:
+    """One end of a channel between two ranks. zmq's own heartbeats tell when the peer is gone or stopped."""
+
+    def __init__(self, peer: str, *, bind: bool, heartbeat_s: float = 2.0):
+        import zmq
+
+        self._zmq, self._peer = zmq, peer
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_BYTES)
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, int(heartbeat_s * 1000))
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(heartbeat_s * 4000))
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self.address = ""
+        if bind:
+            host = own_host()
+            port = self._socket.bind_to_random_port(f"tcp://{host}")
+            self.address = f"tcp://{host}:{port}"
+
+    def connect(self, address: str) -> None:
+        self._socket.connect(address)
+
+    def send(self, kind: str, **fields: Any) -> None:
+        """Send a message; raises PeerError when the peer is not there to take it."""
+        data = json.dumps(check({"kind": kind, **fields})).encode()
+        try:
+            self._socket.send(data, self._zmq.NOBLOCK)
+        except self._zmq.Again:
+            raise PeerError(f"the {self._peer} rank is gone: it does not take the message {kind!r}") from None
+
+    def receive(self, timeout_s: float, what: str) -> Message:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            message = self.poll(wait_s=max(0.0, min(0.5, deadline - time.monotonic())))
+            if message is not None:
+                return message
+            if time.monotonic() >= deadline:
+                raise PeerError(
+                    f"{what}: nothing came from the {self._peer} rank within {timeout_s:.0f} s; it hangs or never came "
+                    "(--deadline-s sets the limit)"
+                )
+
+    def poll(self, wait_s: float = 0.0) -> Message | None:
+        """Return the next message if one comes within `wait_s`; raises PeerError when the peer is gone or failed."""
+        poller = self._zmq.Poller()
+        poller.register(self._socket, self._zmq.POLLIN)
+        poller.register(self._monitor, self._zmq.POLLIN)
+        ready = dict(poller.poll(int(wait_s * 1000)))
+        if self._monitor in ready and self._socket not in ready:
+            ready |= dict(poller.poll(200))  # the reason may be right behind the loss of the connection
+        if self._socket in ready or self._socket.getsockopt(self._zmq.EVENTS) & self._zmq.POLLIN:
+            data = self._socket.recv(self._zmq.NOBLOCK)
+            try:
+                message = check(json.loads(data))
+            except ValueError as error:
+                raise StreamError(f"control message is not JSON: {error}") from None
+            if message["kind"] == "failed":
+                raise PeerError(f"the {self._peer} rank failed: {message['reason']}")
+            return message
+        if self._monitor in ready:
+            raise PeerError(f"the {self._peer} rank died or hangs: its control connection is lost")
+        return None
+
+    def close(self) -> None:
+        self._socket.disable_monitor()
+        self._socket.close()
+        self._context.term()
+
+
+def own_host() -> str:
+    """Return the address that the other ranks reach this host at: loopback when all ranks are on one host."""
+    local, world = (os.environ.get(f"OMPI_COMM_WORLD_{name}SIZE", "1") for name in ("LOCAL_", ""))
+    return "127.0.0.1" if local == world else sockets.gethostbyname(sockets.gethostname())
+
+
+def connect_ranks(ttnn: Any, *, me: int, peer: int, peer_role: str, bind: bool) -> ZmqControl:
+    """Return this rank's end of the channel; the binding rank tells the other its address over the distributed context."""
+    control = ZmqControl(peer_role, bind=bind)
+    if bind:
+        ttnn.distributed_context_send_bytes(control.address.encode().ljust(ADDRESS_BYTES), peer)
+    else:
+        control.connect(bytes(ttnn.distributed_context_recv_bytes(ADDRESS_BYTES, peer)).decode().strip())
+    return control
+
+
+def clock_offset(control: Control, timeout_s: float, *, asks: bool, rounds: int = 8) -> float:
+    """Return the peer's clock minus this rank's, in seconds, from the fastest of a few round trips (0 to who answers)."""
+    best, offset = float("inf"), 0.0
+    for _ in range(rounds):
+        if asks:
+            sent = time.monotonic()
+            control.send("ping", at=sent)
+            reply = expect(control, "pong", timeout_s, "comparing clocks")
+            now = time.monotonic()
+            if now - sent < best:
+                best, offset = now - sent, reply["seen"] - (sent + now) / 2
+        else:
+            ping = expect(control, "ping", timeout_s, "comparing clocks")
+            control.send("pong", at=ping["at"], seen=time.monotonic())
+    return offset
+
+
+def expect(control: Control, kind: str, timeout_s: float, what: str, aside: list[Message] | None = None) -> Message:
+    """Return the next message, which must be of `kind`; `busy` restarts the wait, `done` goes to `aside` if given."""
+    while True:
+        message = control.receive(timeout_s, what)
+        if message["kind"] == kind:
+            return message
+        if message["kind"] == "done" and aside is not None:
+            aside.append(message)
+        elif message["kind"] != "busy":
+            raise StreamError(f"{what}: a {message['kind']!r} message came where {kind!r} is due")

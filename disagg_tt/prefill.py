@@ -1,0 +1,64 @@
+"""The prefill side of a request.
+
+    1. announce the request; the decode side reserves a slot          sender.announce
+    2. run the layers; each layer's K and V leave when they exist     model.prefill, sender.send_layer
+    3. take the first token from the last row of the logits           _first_token
+    4. send the metadata: length and first token, in integers         sender.finish
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from disagg_tt.core import TILE, Request
+from disagg_tt.device import ttnn
+from disagg_tt.device.host import read
+from disagg_tt.kv_stream.base import KVSender, Metadata, PrefillTimes
+from disagg_tt.model.llama import Llama
+from disagg_tt.perf import Timeline
+from disagg_tt.tokens import Sampling, sample
+
+FirstToken = Callable[[int], None]
+
+
+class Prefill:
+    """Prefills requests, one at a time, and streams their K and V through `sender`."""
+
+    def __init__(self, model: Llama, sender: KVSender, sampling: Sampling, timeline: Timeline):
+        self.model, self.sender, self.sampling, self.timeline = model, sender, sampling, timeline
+
+    def run(self, request: Request, on_first_token: FirstToken) -> int:
+        """Prefill and stream `request`; `on_first_token` is called with it as soon as it is known.
+
+        Returns the bytes that the stream put on the wire. Raises what the sender raises.
+        """
+        called = time.monotonic()
+        with self.timeline.span("announce", request=request.id):
+            self.sender.announce(request)
+        started = time.monotonic()
+        logits = self.model.prefill(list(request.tokens), self.sender.send_layer)
+        token = self._first_token(logits, len(request.tokens))
+        computed = time.monotonic()
+        on_first_token(token)
+        self.timeline.add("prefill", started, computed, request=request.id, tokens=len(request.tokens))
+        metadata = Metadata(request.id, len(request.tokens), token, self.model.config.num_hidden_layers)
+        with self.timeline.span("send the rest", request=request.id):
+            self.sender.finish(metadata, PrefillTimes(called, started, computed))
+        return self.sender.bytes_sent
+
+    def _first_token(self, logits: Any, length: int) -> int:
+        row = (length - 1) % TILE
+        if self.sampling.greedy:
+            return int(read(self.model.greedy(logits), lambda: torch.zeros(1, TILE))[0, row])
+        values = read(logits, lambda: torch.zeros(1, 1, TILE, self.model.config.vocab_size))
+        return sample(values[0, 0, row].float(), self.sampling, length)
+
+    def warm_up(self, lengths: list[int]) -> None:
+        """Compile the programs of prompts of these lengths; sends nothing."""
+        for length in lengths:
+            self.model.greedy(self.model.prefill([0] * length, lambda layer, k, v: None))
+        ttnn.synchronize_device(self.model.mesh)

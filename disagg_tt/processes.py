@@ -1,0 +1,102 @@
+"""The processes of a job: tied to the launcher when they start, ended to the last one when it ends. Linux only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from loguru import logger
+
+TERMINATE_SECONDS = 3.0  # from SIGTERM to SIGKILL
+
+# Has the kernel signal the job when its launcher is killed; argv: signal, program, arguments.
+_TIED_TO_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, int(sys.argv[1])); os.execv(sys.argv[2], sys.argv[2:])"
+
+
+def start_tied(
+    command: list[str], env: Mapping[str, str], on_parent_death: signal.Signals
+) -> subprocess.Popen[bytes]:
+    """Start a program in a session of its own, its output in one pipe; it gets a signal when this process is killed.
+
+    In another session, the terminal's Ctrl-C reaches the launcher alone, which then ends the job in order.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-ISc", _TIED_TO_PARENT, str(int(on_parent_death)), *command],
+        env=dict(env),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit(143), so that the job is ended before this process is."""
+
+    def leave(signum: int, frame: object) -> None:
+        raise SystemExit(128 + signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ignore a second Ctrl-C or SIGTERM, which would leave processes behind; what it encloses is bounded in time."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@_undisturbed()
+def end_session(process: subprocess.Popen[bytes]) -> None:
+    """End all processes of the job's session: the launcher in order if it still runs, then whatever is left."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)  # mpirun and tt-run; ranks have process groups of their own
+        try:
+            process.wait(TERMINATE_SECONDS)
+        except subprocess.TimeoutExpired:
+            logger.debug("the launcher did not end on SIGTERM")
+    until = time.monotonic() + TERMINATE_SECONDS
+    while (left := _session_members(process.pid)) and time.monotonic() < until:
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.01)
+    process.wait(TERMINATE_SECONDS)
+
+
+def _session_members(session: int) -> list[int]:
+    """The living processes of a session, from /proc: mpirun gives each rank a process group, but not a session."""
+    members = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue  # it ended meanwhile
+            if int(fields[3]) == session and fields[0] not in "ZX":
+                members.append(int(entry.name))
+    return members

@@ -1,0 +1,152 @@
+"""A rank's process: its role and mesh from the environment that tt-run sets, its deadlines, its report, its exit code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from disagg_tt.config import Options
+from disagg_tt.core import DECODE, PREFILL, Answer
+from disagg_tt.errors import DisaggError, PeerError, RankBindingError
+from disagg_tt.launch import default_binding, job_rank, job_size
+from disagg_tt.mesh_descriptor import read_mesh_descriptor
+from disagg_tt.rank_binding import RankBinding
+from disagg_tt.report import Reporter, configure_logging
+from disagg_tt.terminal import Terminal, log_perf
+from disagg_tt.watchdog import Watchdog
+
+
+def role_of(environ: Mapping[str, str], rank: int) -> str:
+    """Return this rank's role: DISAGG_TT_ROLE, else rank 0 prefills; raises RankBindingError for another word."""
+    role = environ.get("DISAGG_TT_ROLE") or (PREFILL if rank == 0 else DECODE)
+    if role not in (PREFILL, DECODE):
+        raise RankBindingError(f"DISAGG_TT_ROLE is {role!r}; allowed: {PREFILL}, {DECODE}")
+    return role
+
+
+def mesh_shape_of(environ: Mapping[str, str], rank_binding: str | None) -> tuple[int, int]:
+    """Return this rank's mesh shape from the mesh descriptor that tt-run names, else from the rank binding."""
+    descriptor, mesh_id = environ.get("TT_MESH_GRAPH_DESC_PATH"), environ.get("TT_MESH_ID")
+    if descriptor and mesh_id is not None:
+        shapes = read_mesh_descriptor(Path(descriptor))
+        if int(mesh_id) not in shapes:
+            raise RankBindingError(f"TT_MESH_ID is {mesh_id}; the descriptor {descriptor} has meshes {sorted(shapes)}")
+        return shapes[int(mesh_id)]
+    binding = RankBinding.load(rank_binding or default_binding())
+    return binding.mesh_shapes[binding.ranks[job_rank()].mesh_id if job_size() == len(binding.ranks) else 0]
+
+
+def main(options: Options) -> int:
+    """Be one rank of a job that MPI started; return its exit code."""
+    rank = job_rank()
+    role = role_of(os.environ, rank)
+    configure_logging(role, rank)
+    if job_size() != 2:
+        raise RankBindingError(
+            f"this job has {job_size()} ranks; one prefill and one decode rank are needed: start it with tt-run and a rank "
+            "binding of two ranks, such as rank_bindings/n300x2_1p1d.yaml"
+        )
+    local = Terminal(len(options.prompts), as_json=options.json, trace=options.trace and f"{options.trace}.rank{rank}")
+    with Reporter.from_env(os.environ, role, rank, _shown_by(local, role)) as reporter:
+        watchdog = Watchdog(options.deadline_s, lambda what: _give_up(reporter, what, options.deadline_s))
+        try:
+            answers = _run_rank(options, reporter, watchdog, role, 1 - rank)
+        except BaseException as error:
+            _report(reporter, error)
+            return getattr(error, "exit_code", 1)
+        finally:
+            watchdog.close()
+        plain = [vars(answer) for answer in answers]
+        if role == PREFILL:
+            reporter.emit({"event": "answers", "answers": plain})
+        if not os.environ.get("DISAGG_TT_EVENTS"):
+            _finish_local(local, role, plain)
+    return 0
+
+
+def _run_rank(options: Options, reporter: Reporter, watchdog: Watchdog, role: str, peer: int) -> list[Answer]:
+    from disagg_tt.device import log_choice
+    from disagg_tt.generate import read_run, run_rank
+
+    _use_threads(options)
+    log_choice()
+    return run_rank(
+        read_run(options, reporter.emit, watchdog), role, mesh_shape_of(os.environ, options.rank_binding), peer
+    )
+
+
+def run_here(options: Options) -> int:
+    """Run `--single-mesh` or `--one-process` in this process and show the answers."""
+    configure_logging("single mesh" if options.single_mesh else "one process")
+    terminal = Terminal(len(options.prompts), as_json=options.json, trace=options.trace)
+    answers = answer_here(options, terminal.handle)
+    terminal.answers = [vars(answer) for answer in answers]
+    terminal.close()
+    return 0
+
+
+def answer_here(options: Options, on_event: Any) -> list[Answer]:
+    """Answer the prompts in this process, on one mesh or on two submeshes of one; return the answers."""
+    from disagg_tt.generate import read_run, run_one_process, run_single_mesh
+
+    _use_threads(options)
+    watchdog = Watchdog(options.deadline_s, lambda what: _exit(f"{what}: no progress for {options.deadline_s:.0f} s"))
+    try:
+        run = read_run(options, on_event, watchdog)
+        shape = mesh_shape_of(os.environ, options.rank_binding)
+        return (run_single_mesh if options.single_mesh else run_one_process)(run, shape)
+    finally:
+        watchdog.close()
+
+
+def _use_threads(options: Options) -> None:
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
+
+
+def _shown_by(terminal: Terminal, role: str) -> Any:
+    """Without a launcher the decode rank prints the text, and the prefill rank logs the first token."""
+
+    def show(event: dict[str, Any]) -> None:
+        if event["event"] == "first_token":
+            logger.info("request {}: first token {} {!r}", event["request"], event["token"], event["text"])
+        elif event["event"] == "trace" or role == DECODE:
+            terminal.handle(event)
+
+    return show
+
+
+def _finish_local(terminal: Terminal, role: str, answers: list[dict[str, Any]]) -> None:
+    if role == DECODE:
+        terminal.answers = answers
+    else:
+        for answer in answers:
+            log_perf(answer)
+    terminal.close()
+
+
+def _report(reporter: Reporter, error: BaseException) -> None:
+    if not isinstance(error, (DisaggError, KeyboardInterrupt, SystemExit)):
+        logger.opt(exception=error).error("unexpected error")
+    elif not os.environ.get("DISAGG_TT_EVENTS"):
+        logger.error("{}", error)
+    reporter.failed(error)
+
+
+def _give_up(reporter: Reporter, what: str, limit_s: float) -> None:
+    error = PeerError(f"waited {limit_s:.0f} s for {what}; the other rank or the device hangs (--deadline-s sets the limit)")
+    logger.error("{}", error)
+    reporter.failed(error)
+    reporter.close()
+    os._exit(error.exit_code)
+
+
+def _exit(reason: str) -> None:
+    logger.error(reason)
+    os._exit(1)
