@@ -29,7 +29,7 @@ from loguru import logger
 from disagg_tt.device import mock
 from disagg_tt.errors import DisaggError, PeerError, RankBindingError
 from disagg_tt.job_output import JobOutput
-from disagg_tt.processes import TERMINATE_SECONDS, end_session, sigterm_raises, start_tied
+from disagg_tt.processes import TERMINATE_SECONDS, end_session, sigterm_raises, start, tied
 from disagg_tt.rank_binding import Rank, RankBinding, default_binding
 from disagg_tt.report import ADDRESS_VARIABLE, MAX_EVENT_BYTES, Event, decode_event
 
@@ -105,7 +105,7 @@ def run_job(
     start_deadline: float = 120.0,
     program: Sequence[str] = (sys.executable, "-m", "disagg_tt"),
 ) -> int:
-    """Run `program` + `argv` as the binding's ranks and return the job's exit code.
+    """Run `program` (its first word an absolute path) + `argv` as the binding's ranks and return the job's exit code.
 
     Args:
         device: "emulator" (started by mpirun), "ttnn" or "mock" (started by tt-run).
@@ -121,13 +121,15 @@ def run_job(
     """
     binding.pair()
     with tempfile.TemporaryDirectory(prefix="disagg-tt-") as folder, _event_socket() as (socket, address):
-        command = _command([*program, *argv], binding, device, Path(folder))
+        # should this process be killed, the kernel ends mpirun (tt-run ends its mpirun on SIGINT only), and its death
+        # ends the ranks
+        ranks_command = tied([*program, *argv], signal.SIGKILL)
+        on_death = signal.SIGTERM if device == "emulator" else signal.SIGINT
+        command = tied(_command(ranks_command, binding, device, Path(folder)), on_death)
         job_env = _environment(device, env or {}) | {ADDRESS_VARIABLE: address}
         logger.debug(f"starting {shlex.join(command)}")
-        # tt-run ends its mpirun on SIGINT only
-        on_death = signal.SIGTERM if device == "emulator" else signal.SIGINT
         with sigterm_raises():
-            process = start_tied(command, job_env, on_death)
+            process = start(command, job_env)
             assert process.stdout is not None
             with process.stdout:
                 job = _Job(process, socket, on_event)
@@ -154,7 +156,7 @@ class _Job:
 
     def follow(self, deadline: float | None, start_deadline: float) -> str:
         """Deliver events and output until the job has ended or must be; return why it must, "" if no limit was hit."""
-        start = time.monotonic()
+        began = time.monotonic()
         poller = zmq.Poller()
         poller.register(self.socket, zmq.POLLIN)
         poller.register(self.pipe, zmq.POLLIN)
@@ -171,9 +173,9 @@ class _Job:
             failed_at = failed_at or (now if self.failure else None)
             if failed_at is not None and now - failed_at > _FAILED_SECONDS:
                 break
-            if deadline is not None and now - start > deadline:
+            if deadline is not None and now - began > deadline:
                 reason = f"the job did not end within {deadline:g} s"
-            elif not self.heard and now - start > start_deadline:
+            elif not self.heard and now - began > start_deadline:
                 reason = f"no rank reported anything within {start_deadline:g} s"
         if not reason and failed_at is None:  # at the end of output mpirun itself is about to exit
             try:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,19 +16,22 @@ from loguru import logger
 
 TERMINATE_SECONDS = 3.0  # from SIGTERM to SIGKILL
 
-# Has the kernel signal the job when its launcher is killed; argv: signal, program, arguments.
-_TIED_TO_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, int(sys.argv[1])); os.execv(sys.argv[2], sys.argv[2:])"
+# Has the kernel send a signal when the parent dies, whatever it died of; argv: signal, program, arguments.
+_TIED = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, int(sys.argv[1])); os.execv(sys.argv[2], sys.argv[2:])"
 
 
-def start_tied(
-    command: list[str], env: Mapping[str, str], on_parent_death: signal.Signals
-) -> subprocess.Popen[bytes]:
-    """Start a program in a session of its own, its output in one pipe; it gets a signal when this process is killed.
+def tied(command: Sequence[str], on_parent_death: signal.Signals) -> list[str]:
+    """The command that runs `command` (its program an absolute path) tied to the life of the process that starts it."""
+    return [sys.executable, "-ISc", _TIED, str(int(on_parent_death)), *command]
+
+
+def start(command: list[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a program in a session of its own, with its output in one pipe.
 
     In another session, the terminal's Ctrl-C reaches the launcher alone, which then ends the job in order.
     """
     return subprocess.Popen(
-        [sys.executable, "-ISc", _TIED_TO_PARENT, str(int(on_parent_death)), *command],
+        command,
         env=dict(env),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -172,8 +172,8 @@ class ZmqControl:
 
     def close(self) -> None:
         self._socket.disable_monitor()
-        self._socket.close()
-        self._context.term()
+        self._monitor.close(linger=0)
+        self._context.destroy(linger=1000)
 
 
 def own_host() -> str:
