@@ -16,12 +16,16 @@ from disagg_tt.errors import DisaggError, InputError
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; defaults are those of config.Options."""
-    top = argparse.ArgumentParser(prog="disagg-tt", description="Llama inference disaggregated over two Tenstorrent meshes.")
+    top = argparse.ArgumentParser(
+        prog="disagg-tt", description="Llama inference disaggregated over two Tenstorrent meshes."
+    )
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True)
     generate = commands.add_parser("generate", help="answer prompts: one mesh prefills, another decodes")
     add_generate_flags(generate)
-    check = commands.add_parser("check", help="dry run of a model on a rank binding, with the memory map of a chip")
+    check = commands.add_parser(
+        "check", help="dry run of a model on a rank binding, with the memory map of a chip"
+    )
     add_check_flags(check)
     bench = commands.add_parser("bench", help="measure", add_help=False)
     bench.add_argument("rest", nargs=argparse.REMAINDER)
@@ -30,10 +34,15 @@ def parser() -> argparse.ArgumentParser:
 
 def add_model_flags(to: argparse.ArgumentParser) -> None:
     """Flags that say what runs where."""
-    to.add_argument("--model", default=os.environ.get("HF_MODEL"),
-                    help="checkpoint folder or hub name (HF_MODEL; default: the checkpoint in the package)")
+    to.add_argument(
+        "--model",
+        default=os.environ.get("HF_MODEL"),
+        help="checkpoint folder or hub name (HF_MODEL; default: the checkpoint in the package)",
+    )
     to.add_argument("--kv-dtype", default=Options.kv_dtype, help=f"cache dtype: {', '.join(KV_DTYPES)}")
-    to.add_argument("--weight-dtype", help=f"{', '.join(WEIGHT_DTYPES)} (default: bfloat16 below 1 B parameters)")
+    to.add_argument(
+        "--weight-dtype", help=f"{', '.join(WEIGHT_DTYPES)} (default: bfloat16 below 1 B parameters)"
+    )
     to.add_argument("--max-seq-len", type=int, help="tokens of prompt and answer (default: the model's)")
     to.add_argument("--rank-binding", help="tt-run's YAML file (default: two N300 boards)")
 
@@ -44,7 +53,9 @@ def add_generate_flags(to: argparse.ArgumentParser) -> None:
     to.add_argument("--prompt", action="append", help="a prompt; repeatable (default: PROMPT, or a question)")
     to.add_argument("--prompts-file", help="a prompt a line, or .jsonl with prompt or messages")
     style = to.add_mutually_exclusive_group()
-    style.add_argument("--chat", dest="chat", action="store_true", default=True, help="use the chat template (default)")
+    style.add_argument(
+        "--chat", dest="chat", action="store_true", default=True, help="use the chat template (default)"
+    )
     style.add_argument("--raw", dest="chat", action="store_false", help="continue the text as it is")
     to.add_argument("--max-new-tokens", type=int, default=Options.max_new_tokens)
     to.add_argument("--temperature", type=float, default=Options.temperature, help="0: greedy (default)")
@@ -55,14 +66,18 @@ def add_generate_flags(to: argparse.ArgumentParser) -> None:
     to.add_argument("--ignore-eos", action="store_true", help="go on after the end of the text")
     to.add_argument("--batch", type=int, help="decode slots (default: one a prompt, at most 32)")
     to.add_argument("--overlap", default=Options.overlap, help=f"how K/V leaves: {', '.join(OVERLAPS)}")
-    to.add_argument("--fifo", dest="direct", action="store_false", help="send through the socket's FIFO, not directly")
+    to.add_argument(
+        "--fifo", dest="direct", action="store_false", help="send through the socket's FIFO, not directly"
+    )
     to.add_argument("--single-mesh", action="store_true", help="prefill and decode on one mesh: the baseline")
     to.add_argument("--one-process", action="store_true", help="two submeshes in one process, no MPI")
     to.add_argument("--json", action="store_true", help="one JSON line an answer")
     to.add_argument("--per-layer", action="store_true", help="each layer's times in the perf log")
     to.add_argument("--trace", help="write a trace for Perfetto to this file")
     to.add_argument("--threads", type=int, help="torch threads a rank on the emulator")
-    to.add_argument("--deadline-s", type=float, default=Options.deadline_s, help="limit of any wait for the other rank")
+    to.add_argument(
+        "--deadline-s", type=float, default=Options.deadline_s, help="limit of any wait for the other rank"
+    )
 
 
 def add_check_flags(to: argparse.ArgumentParser) -> None:
@@ -125,7 +140,9 @@ def launch(options: Options, words: list[str]) -> int:
     binding.pair()
     kind, _ = choose(os.environ)
     if kind == "mock" and options.overlap == "queue":
-        raise InputError("--overlap queue needs a second command queue, which a mock cluster lacks; use inline or after")
+        raise InputError(
+            "--overlap queue needs a second command queue, which a mock cluster lacks; use inline or after"
+        )
     terminal = Terminal(len(options.prompts), as_json=options.json, trace=options.trace)
     try:
         code = run_job(words, binding, kind, {}, terminal.handle)

@@ -18,14 +18,20 @@ BLOCK = 32
 class PagedCache:
     """Device tensors of the cache of one decode mesh."""
 
-    def __init__(self, mesh: Any, config: LlamaConfig, slots: int, blocks_per_slot: int, blocks: int, dtype: Any):
+    def __init__(
+        self, mesh: Any, config: LlamaConfig, slots: int, blocks_per_slot: int, blocks: int, dtype: Any
+    ):
         """Allocate zeroed pools of `blocks` blocks a layer and a page table for `slots` x `blocks_per_slot`."""
         self.mesh, self.slots, self.blocks_per_slot, self.dtype = mesh, slots, blocks_per_slot, dtype
         shape = [blocks, config.num_key_value_heads // mesh.get_num_devices(), BLOCK, config.head_dim]
 
         def pool() -> Any:
             return ttnn.zeros(
-                shape, dtype=dtype, layout=ttnn.TILE_LAYOUT, device=mesh, memory_config=ttnn.DRAM_MEMORY_CONFIG
+                shape,
+                dtype=dtype,
+                layout=ttnn.TILE_LAYOUT,
+                device=mesh,
+                memory_config=ttnn.DRAM_MEMORY_CONFIG,
             )
 
         self.layers = tuple((pool(), pool()) for _ in range(config.num_hidden_layers))

@@ -114,24 +114,43 @@ class LlamaConfig:
         if chips < 1:
             raise PlanError(f"a mesh has {chips} chips, allowed is 1 or more; mend the mesh descriptor")
         tiles = TILE * chips
-        for name, divisor in (("num_attention_heads", chips), ("num_key_value_heads", chips),
-                              ("head_dim", TILE), ("hidden_size", tiles), ("intermediate_size", tiles)):
+        for name, divisor in (
+            ("num_attention_heads", chips),
+            ("num_key_value_heads", chips),
+            ("head_dim", TILE),
+            ("hidden_size", tiles),
+            ("intermediate_size", tiles),
+        ):
             size = getattr(self, name)
             if size % divisor:
-                raise PlanError(f"{name} is {size}, allowed on a mesh of {chips} chips are multiples of "
-                                f"{divisor} (whole heads and whole tiles a chip); use another mesh or "
-                                "another model")
+                raise PlanError(
+                    f"{name} is {size}, allowed on a mesh of {chips} chips are multiples of "
+                    f"{divisor} (whole heads and whole tiles a chip); use another mesh or "
+                    "another model"
+                )
         if self.num_attention_heads > TILE * chips:
-            raise PlanError(f"num_attention_heads is {self.num_attention_heads}, allowed on a mesh of "
-                            f"{chips} chips are {TILE * chips} ({TILE} a chip: one decode tile); use a mesh "
-                            "of more chips")
+            raise PlanError(
+                f"num_attention_heads is {self.num_attention_heads}, allowed on a mesh of "
+                f"{chips} chips are {TILE * chips} ({TILE} a chip: one decode tile); use a mesh "
+                "of more chips"
+            )
 
 
 LLAMA_3_1_8B = LlamaConfig(
-    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-    num_attention_heads=32, num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5, rope_theta=500000.0,
-    rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8192), max_position_embeddings=131072,
-    bos_token_id=128000, eos_token_ids=(128001, 128008, 128009))
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
+    max_position_embeddings=131072,
+    bos_token_id=128000,
+    eos_token_ids=(128001, 128008, 128009),
+)
 
 
 def token_ids(raw: Mapping[str, Any], key: str, default: int | None = None) -> tuple[int, ...]:
@@ -150,9 +169,15 @@ def _refuse(key: str, value: object, allowed: str) -> CheckpointError:
 def _check_architecture(raw: Mapping[str, Any]) -> None:
     if not (raw.get("model_type") or raw.get("architectures")):
         raise _refuse("model_type", None, "'llama'")
-    for key, allowed in (("model_type", "llama"), ("architectures", ["LlamaForCausalLM"]),
-                         ("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"),
-                         ("partial_rotary_factor", 1.0), ("quantization_config", None)):
+    for key, allowed in (
+        ("model_type", "llama"),
+        ("architectures", ["LlamaForCausalLM"]),
+        ("attention_bias", False),
+        ("mlp_bias", False),
+        ("hidden_act", "silu"),
+        ("partial_rotary_factor", 1.0),
+        ("quantization_config", None),
+    ):
         if raw.get(key) not in (None, allowed):
             raise _refuse(key, raw[key], repr(allowed))
 
@@ -190,8 +215,13 @@ def _rope_scaling(rope: Mapping[str, Any], max_positions: int) -> RopeScaling | 
     low, high = _positive(rope, "low_freq_factor"), _positive(rope, "high_freq_factor")
     if low >= high:
         raise _refuse("low_freq_factor", low, f"a number below high_freq_factor, {high}")
-    return RopeScaling("llama3", _positive(rope, "factor"), low, high,
-                       _size(rope, "original_max_position_embeddings", max_positions))
+    return RopeScaling(
+        "llama3",
+        _positive(rope, "factor"),
+        low,
+        high,
+        _size(rope, "original_max_position_embeddings", max_positions),
+    )
 
 
 @dataclass(frozen=True)
@@ -234,15 +264,20 @@ class Options:
         for prompt in self.prompts:
             check_prompt(prompt)
         check_number("--max-new-tokens", self.max_new_tokens, 1, 2**24)
-        for name, value, most in (("--max-seq-len", self.max_seq_len, 2**24),
-                                  ("--batch", self.batch, MAX_BATCH), ("--threads", self.threads, 1024)):
+        for name, value, most in (
+            ("--max-seq-len", self.max_seq_len, 2**24),
+            ("--batch", self.batch, MAX_BATCH),
+            ("--threads", self.threads, 1024),
+        ):
             if value is not None:
                 check_number(name, value, 1, most)
         if not 0 < self.deadline_s < math.inf:
             raise InputError(f"--deadline-s is {self.deadline_s!r}, allowed are seconds above 0; give 60")
-        for name, choice, allowed in (("--kv-dtype", self.kv_dtype, KV_DTYPES),
-                                      ("--weight-dtype", self.weight_dtype, (None, *WEIGHT_DTYPES)),
-                                      ("--overlap", self.overlap, OVERLAPS)):
+        for name, choice, allowed in (
+            ("--kv-dtype", self.kv_dtype, KV_DTYPES),
+            ("--weight-dtype", self.weight_dtype, (None, *WEIGHT_DTYPES)),
+            ("--overlap", self.overlap, OVERLAPS),
+        ):
             if choice not in allowed:
                 raise InputError(f"{name} is {choice!r}, allowed are {', '.join(map(str, allowed))}")
         check_sampling(self.temperature, self.top_p, self.top_k, self.seed)
@@ -272,12 +307,15 @@ def check_prompt(prompt: object, where: str = "a prompt") -> None:
     for message in messages or [None]:
         fields = message if isinstance(message, dict) else {}
         if not isinstance(fields.get("role"), str) or not isinstance(fields.get("content"), str):
-            raise InputError(f"{where} is {repr(prompt)[:200]}, allowed are text and messages such as "
-                             '{"role": "user", "content": "Hello"}; mend it')
+            raise InputError(
+                f"{where} is {repr(prompt)[:200]}, allowed are text and messages such as "
+                '{"role": "user", "content": "Hello"}; mend it'
+            )
 
 
-def resolve_prompts(prompt_flags: list[str] | None, prompts_file: str | None,
-                    environ: Mapping[str, str]) -> tuple[Prompt, ...]:
+def resolve_prompts(
+    prompt_flags: list[str] | None, prompts_file: str | None, environ: Mapping[str, str]
+) -> tuple[Prompt, ...]:
     """A run's prompts: --prompt, then --prompts-file's; without either the variable PROMPT, else the default.
 
     A PROMPT that is empty counts as not set.
@@ -314,8 +352,10 @@ def _json_prompt(line: str, where: str) -> Prompt:
     kinds = {"prompt": str, "messages": list}
     given = [key for key in kinds if isinstance(entry, dict) and key in entry]
     if len(given) != 1 or not isinstance(entry[given[0]], kinds[given[0]]):
-        raise InputError(f"{where} is {line[:80]!r}, allowed is an object with either the text prompt or the "
-                         "list messages; mend it")
+        raise InputError(
+            f"{where} is {line[:80]!r}, allowed is an object with either the text prompt or the "
+            "list messages; mend it"
+        )
     prompt: Prompt = entry[given[0]]
     check_prompt(prompt, where)
     return prompt

@@ -1,10 +1,10 @@
 """The decode side: slots that are filled by arriving K and V, and steps that give each slot one token.
 
-    1. reserve a slot and its pages, and accept the stream            reserve, receiver.accept
-    2. take the layers as they arrive                                 receiver.receive_layer
-    3. take the metadata: length and first token                      start
-    4. one step: every slot in use gets its next token                step
-    5. a slot whose answer has ended is free again                    step
+1. reserve a slot and its pages, and accept the stream            reserve, receiver.accept
+2. take the layers as they arrive                                 receiver.receive_layer
+3. take the metadata: length and first token                      start
+4. one step: every slot in use gets its next token                step
+5. a slot whose answer has ended is free again                    step
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ class Decode:
     def _take(self, s: int, token: int) -> Token:
         slot = self.slots[s]
         if not 0 <= token < self.model.config.vocab_size:
-            raise StreamError(f"request {slot.request}: token {token}; the vocabulary has 0..{self.model.config.vocab_size - 1}")
+            raise StreamError(
+                f"request {slot.request}: token {token}; the vocabulary has 0..{self.model.config.vocab_size - 1}"
+            )
         slot.tokens.append(token)
         text = slot.text.push(token)
         reason = slot.text.finished

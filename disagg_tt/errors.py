@@ -1,14 +1,14 @@
 """Every error that disagg_tt raises on purpose, each with the value seen, the values allowed and the remedy.
 
-    DisaggError                       exit code 1
-    |- InputError                     exit code 2: the user can mend it, nothing has been started
-    |  |- PromptError                 a prompt that is empty or too long
-    |  |- CheckpointError             a checkpoint that is missing, damaged, or not a Llama
-    |  |- RankBindingError            a rank binding or mesh descriptor that does not make a prefill and a decode mesh
-    |  `- PlanError                   a model and cache that do not fit, or cannot be split over, the mesh
-    |- DeviceError                    a call that the device rejects, or that hardware would hang on or corrupt silently
-    |- StreamError                    a K/V stream that broke its protocol
-    `- PeerError                      the other rank died, hangs, never came, or failed (its reason is in the message)
+DisaggError                       exit code 1
+|- InputError                     exit code 2: the user can mend it, nothing has been started
+|  |- PromptError                 a prompt that is empty or too long
+|  |- CheckpointError             a checkpoint that is missing, damaged, or not a Llama
+|  |- RankBindingError            a rank binding or mesh descriptor that does not make a prefill and a decode mesh
+|  `- PlanError                   a model and cache that do not fit, or cannot be split over, the mesh
+|- DeviceError                    a call that the device rejects, or that hardware would hang on or corrupt silently
+|- StreamError                    a K/V stream that broke its protocol
+`- PeerError                      the other rank died, hangs, never came, or failed (its reason is in the message)
 """
 
 

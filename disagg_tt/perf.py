@@ -43,7 +43,15 @@ class Timeline:
             at = (start + offset) * 1e6
             lane = 1 if name.startswith(("send", "receive", "arrive")) else 0
             events.append(
-                {"ph": "X", "name": name, "pid": process, "tid": lane, "ts": at, "dur": (end - start) * 1e6, "args": details}
+                {
+                    "ph": "X",
+                    "name": name,
+                    "pid": process,
+                    "tid": lane,
+                    "ts": at,
+                    "dur": (end - start) * 1e6,
+                    "args": details,
+                }
             )
         return events
 
@@ -99,4 +107,6 @@ def perf_text(perf: dict[str, Any], title: str) -> str:
 
 def perf_json(perf: dict[str, Any]) -> str:
     """Return the same as one JSON line."""
-    return json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in perf.items()}, sort_keys=True)
+    return json.dumps(
+        {k: round(v, 4) if isinstance(v, float) else v for k, v in perf.items()}, sort_keys=True
+    )

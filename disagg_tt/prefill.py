@@ -1,9 +1,9 @@
 """The prefill side of a request.
 
-    1. announce the request; the decode side reserves a slot          sender.announce
-    2. run the layers; each layer's K and V leave when they exist     model.prefill, sender.send_layer
-    3. take the first token from the last row of the logits           _first_token
-    4. send the metadata: length and first token, in integers         sender.finish
+1. announce the request; the decode side reserves a slot          sender.announce
+2. run the layers; each layer's K and V leave when they exist     model.prefill, sender.send_layer
+3. take the first token from the last row of the logits           _first_token
+4. send the metadata: length and first token, in integers         sender.finish
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ class Prefill:
         values = read(logits, lambda: torch.zeros(1, 1, TILE, self.model.config.vocab_size))
         return sample(values[0, 0, row].float(), self.sampling, length)
 
-    def warm_up(self, lengths: list[int]) -> None:
-        """Compile the programs of prompts of these lengths; sends nothing."""
-        for length in lengths:
-            self.model.greedy(self.model.prefill([0] * length, lambda layer, k, v: None))
+    def warm_up(self, length: int) -> None:
+        """Compile the programs of a prompt of `length` tokens; sends nothing."""
+        self.model.greedy(self.model.prefill([0] * length, lambda layer, k, v: None))
         ttnn.synchronize_device(self.model.mesh)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 from loguru import logger
 
@@ -25,12 +26,12 @@ def tied(command: Sequence[str], on_parent_death: signal.Signals) -> list[str]:
     return [sys.executable, "-ISc", _TIED, str(int(on_parent_death)), *command]
 
 
-def start(command: list[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a program in a session of its own, with its output in one pipe.
+def start(command: list[str], env: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+    """Start a program in a session of its own; return it and the pipe that carries its output and errors.
 
     In another session, the terminal's Ctrl-C reaches the launcher alone, which then ends the job in order.
     """
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command,
         env=dict(env),
         stdin=subprocess.DEVNULL,
@@ -38,40 +39,37 @@ def start(command: list[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+    assert process.stdout is not None
+    return process, process.stdout
 
 
 @contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit(143), so that the job is ended before this process is."""
+def signals_raise() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into SystemExit(128 + signal), so that the job is ended before this process is."""
 
-    def leave(signum: int, frame: object) -> None:
-        raise SystemExit(128 + signum)
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():
+    with _handlers(leave, signal.SIGTERM, signal.SIGHUP):
         yield
-        return
-    previous = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ignore a second Ctrl-C or SIGTERM, which would leave processes behind; what it encloses is bounded in time."""
+def _handlers(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
+    """Set signal handlers for a while; in another thread than the main one, where Python allows none, do nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, old in previous.items():
+            signal.signal(number, old)
 
 
-@_undisturbed()
+# a second Ctrl-C would leave processes behind; what this encloses is bounded in time
+@_handlers(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def end_session(process: subprocess.Popen[bytes]) -> None:
     """End all processes of the job's session: the launcher in order if it still runs, then whatever is left."""
     if process.poll() is None:

@@ -55,11 +55,14 @@ class Tokenizer:
         settings = self._settings
         special = {name: _content(settings[name]) for name in SPECIAL_TOKENS if settings.get(name)}
         try:
-            return template.render(messages=messages, tools=None, documents=None, add_generation_prompt=True,
-                                   **special)
+            return template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, **special
+            )
         except Exception as error:  # a template is a program: it may fail in any way
-            raise PromptError(f"the chat template of {self._folder} refuses the messages ({error}); mend "
-                              "them, or give --raw") from error
+            raise PromptError(
+                f"the chat template of {self._folder} refuses the messages ({error}); mend "
+                "them, or give --raw"
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens; bytes that make no character become U+FFFD."""
@@ -77,12 +80,15 @@ class Tokenizer:
         try:
             return _template_environment().from_string(source)
         except jinja2.TemplateError as error:
-            raise CheckpointError(f"the chat template of {self._folder} is damaged ({error}); fetch the "
-                                  "checkpoint again, or give --raw") from error
+            raise CheckpointError(
+                f"the chat template of {self._folder} is damaged ({error}); fetch the "
+                "checkpoint again, or give --raw"
+            ) from error
 
 
-def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt], chat: bool,
-                   max_prompt_tokens: int) -> list[list[int]]:
+def encode_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], chat: bool, max_prompt_tokens: int
+) -> list[list[int]]:
     """Token ids of each prompt: in chat mode text is one user message, else raw text.
 
     PromptError, saying which prompt, where one is empty, is longer than `max_prompt_tokens`, is not valid
@@ -103,8 +109,10 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt], chat: bool,
             raise PromptError(f"{which} is not valid Unicode ({error}); give it in UTF-8") from error
         ids = tokenizer.encode_chat(messages) if chat else tokenizer.encode(messages[0]["content"])
         if not 0 < len(ids) <= max_prompt_tokens:
-            raise PromptError(f"{which} has {len(ids)} tokens, allowed are 1 to {max_prompt_tokens}; shorten "
-                              "it, or raise --max-seq-len")
+            raise PromptError(
+                f"{which} has {len(ids)} tokens, allowed are 1 to {max_prompt_tokens}; shorten "
+                "it, or raise --max-seq-len"
+            )
         encoded.append(ids)
     return encoded
 
@@ -114,19 +122,22 @@ def _load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
         try:
             return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the package raises plain Exception
-            raise CheckpointError(f"{folder / 'tokenizer.json'} is damaged ({error}); fetch the checkpoint "
-                                  "again") from error
+            raise CheckpointError(
+                f"{folder / 'tokenizer.json'} is damaged ({error}); fetch the checkpoint again"
+            ) from error
     if not any((folder / name).is_file() for name in ("tokenizer.model", "vocab.json")):
-        raise CheckpointError(f"{folder} has no tokenizer; add the tokenizer.json that belongs to the "
-                              "checkpoint")
+        raise CheckpointError(
+            f"{folder} has no tokenizer; add the tokenizer.json that belongs to the checkpoint"
+        )
     try:
         from transformers import AutoTokenizer
 
         converted: tokenizers.Tokenizer = AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer
         return converted
     except Exception as error:  # transformers raises many kinds, among them for a package that it lacks
-        raise CheckpointError(f"{folder} has no tokenizer.json, and transformers cannot make one ({error}); "
-                              "add tokenizer.json") from error
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json, and transformers cannot make one ({error}); add tokenizer.json"
+        ) from error
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
@@ -137,8 +148,9 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             try:
                 settings |= json.loads((folder / name).read_text(encoding="utf-8"))
             except (OSError, ValueError, TypeError) as error:
-                raise CheckpointError(f"{folder / name} is damaged ({error}); fetch the checkpoint "
-                                      "again") from error
+                raise CheckpointError(
+                    f"{folder / name} is damaged ({error}); fetch the checkpoint again"
+                ) from error
     return settings
 
 
@@ -177,8 +189,9 @@ def _template_environment() -> "jinja2.Environment":
     def to_json(value: Any, ensure_ascii: bool = False, **kwargs: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **kwargs)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=[Generation, loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
     environment.filters["tojson"] = to_json  # jinja2's own escapes HTML
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

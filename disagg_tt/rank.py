@@ -34,7 +34,9 @@ def mesh_shape_of(environ: Mapping[str, str], rank_binding: str | None) -> tuple
     if descriptor and mesh_id is not None:
         shapes = read_mesh_descriptor(Path(descriptor))
         if int(mesh_id) not in shapes:
-            raise RankBindingError(f"TT_MESH_ID is {mesh_id}; the descriptor {descriptor} has meshes {sorted(shapes)}")
+            raise RankBindingError(
+                f"TT_MESH_ID is {mesh_id}; the descriptor {descriptor} has meshes {sorted(shapes)}"
+            )
         return shapes[int(mesh_id)]
     binding = RankBinding.load(rank_binding or default_binding())
     return binding.mesh_shapes[binding.ranks[job_rank()].mesh_id if job_size() == len(binding.ranks) else 0]
@@ -50,7 +52,9 @@ def main(options: Options) -> int:
             f"this job has {job_size()} ranks; one prefill and one decode rank are needed: start it with tt-run and a rank "
             "binding of two ranks, such as rank_bindings/n300x2_1p1d.yaml"
         )
-    local = Terminal(len(options.prompts), as_json=options.json, trace=options.trace and f"{options.trace}.rank{rank}")
+    local = Terminal(
+        len(options.prompts), as_json=options.json, trace=options.trace and f"{options.trace}.rank{rank}"
+    )
     with Reporter.from_env(os.environ, role, rank, _shown_by(local, role)) as reporter:
         watchdog = Watchdog(options.deadline_s, lambda what: _give_up(reporter, what, options.deadline_s))
         try:
@@ -70,12 +74,16 @@ def main(options: Options) -> int:
 
 def _run_rank(options: Options, reporter: Reporter, watchdog: Watchdog, role: str, peer: int) -> list[Answer]:
     from disagg_tt.device import log_choice
-    from disagg_tt.generate import read_run, run_rank
+    from disagg_tt.generate import run_rank
+    from disagg_tt.run import read_run
 
     _use_threads(options)
     log_choice()
     return run_rank(
-        read_run(options, reporter.emit, watchdog), role, mesh_shape_of(os.environ, options.rank_binding), peer
+        read_run(options, reporter.emit, watchdog),
+        role,
+        mesh_shape_of(os.environ, options.rank_binding),
+        peer,
     )
 
 
@@ -91,10 +99,13 @@ def run_here(options: Options) -> int:
 
 def answer_here(options: Options, on_event: Any) -> list[Answer]:
     """Answer the prompts in this process, on one mesh or on two submeshes of one; return the answers."""
-    from disagg_tt.generate import read_run, run_one_process, run_single_mesh
+    from disagg_tt.generate import run_one_process, run_single_mesh
+    from disagg_tt.run import read_run
 
     _use_threads(options)
-    watchdog = Watchdog(options.deadline_s, lambda what: _exit(f"{what}: no progress for {options.deadline_s:.0f} s"))
+    watchdog = Watchdog(
+        options.deadline_s, lambda what: _exit(f"{what}: no progress for {options.deadline_s:.0f} s")
+    )
     try:
         run = read_run(options, on_event, watchdog)
         shape = mesh_shape_of(os.environ, options.rank_binding)
@@ -140,7 +151,9 @@ def _report(reporter: Reporter, error: BaseException) -> None:
 
 
 def _give_up(reporter: Reporter, what: str, limit_s: float) -> None:
-    error = PeerError(f"waited {limit_s:.0f} s for {what}; the other rank or the device hangs (--deadline-s sets the limit)")
+    error = PeerError(
+        f"waited {limit_s:.0f} s for {what}; the other rank or the device hangs (--deadline-s sets the limit)"
+    )
     logger.error("{}", error)
     reporter.failed(error)
     reporter.close()

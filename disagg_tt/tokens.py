@@ -62,8 +62,10 @@ def sample(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
         logits = torch.where(torch.isfinite(logits), logits, -torch.inf)
         best = int(torch.argmax(logits))
         if not torch.isfinite(logits[best]):
-            raise DeviceError(f"no logit of {logits.numel()} at position {position} is finite; the device's "
-                              "result is damaged: check weights and cache, then run again")
+            raise DeviceError(
+                f"no logit of {logits.numel()} at position {position} is finite; the device's "
+                "result is damaged: check weights and cache, then run again"
+            )
     if sampling.greedy:
         return best
     weights = torch.exp((logits.double() - logits[best].double()) / sampling.temperature)
@@ -104,8 +106,14 @@ class TextStream:
     finished: None, 'stop' (an EOS token or a stop string) or 'length' (`max_new_tokens` came).
     """
 
-    def __init__(self, tokenizer: Decoder, stop: Sequence[str], eos_ids: Collection[int], max_new_tokens: int,
-                 ignore_eos: bool = False):
+    def __init__(
+        self,
+        tokenizer: Decoder,
+        stop: Sequence[str],
+        eos_ids: Collection[int],
+        max_new_tokens: int,
+        ignore_eos: bool = False,
+    ):
         self.finished: str | None = None
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
@@ -141,7 +149,7 @@ class TextStream:
 
     def flush(self) -> str:
         """What is still held, at the end of the answer; a character that never became whole is U+FFFD."""
-        text = self._release(self._tokenizer.decode(self._window)[self._shown:])
+        text = self._release(self._tokenizer.decode(self._window)[self._shown :])
         self._window, self._shown = [], 0
         if self._held:
             text += self._held
@@ -160,7 +168,7 @@ class TextStream:
         self._unsettled = self._unsettled + 1 if pending else 0
         if self._unsettled > 3:
             pending = min(pending, 3)
-        settled = text[self._shown:len(text) - pending]
+        settled = text[self._shown : len(text) - pending]
         self._shown = max(self._shown, len(text) - pending)
         if len(self._window) > (2 * WINDOW if pending else WINDOW):  # rather between two characters
             self._cut(len(text) - self._shown)
@@ -170,7 +178,7 @@ class TextStream:
         """Shorten the window, from a token that begins a character where one is near."""
         for count in range(CONTEXT, CONTEXT + 4):
             text = self._tokenizer.decode(self._window[-count:])
-            if REPLACEMENT not in text[:len(text) - waiting]:
+            if REPLACEMENT not in text[: len(text) - waiting]:
                 break
         self._window = self._window[-count:]
         self._shown = max(len(text) - waiting, 0)
@@ -181,12 +189,19 @@ class TextStream:
         found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             self.finished = "stop"
-            text, self._held = self._held[:min(found)], ""
+            text, self._held = self._held[: min(found)], ""
             self._window, self._shown = [], 0  # what came after the stop string is never shown
         else:
-            kept = max((size for stop in self._stop for size in range(1, len(stop))
-                        if self._held.endswith(stop[:size])), default=0)
-            text, self._held = self._held[:len(self._held) - kept], self._held[len(self._held) - kept:]
+            kept = max(
+                (
+                    size
+                    for stop in self._stop
+                    for size in range(1, len(stop))
+                    if self._held.endswith(stop[:size])
+                ),
+                default=0,
+            )
+            text, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
         if text:
             self._parts.append(text)
         return text

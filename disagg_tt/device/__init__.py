@@ -44,7 +44,9 @@ def choose(environ: Mapping[str, str]) -> tuple[str, str]:
     installed = find_spec("ttnn") is not None
     real = "mock" if environ.get("TT_METAL_MOCK_CLUSTER_DESC_PATH") else "ttnn"
     if wanted not in ("", "ttnn", "emulator"):
-        raise InputError(f"DISAGG_TT_DEVICE is {wanted!r}; it may be 'ttnn' or 'emulator', or unset to choose by itself")
+        raise InputError(
+            f"DISAGG_TT_DEVICE is {wanted!r}; it may be 'ttnn' or 'emulator', or unset to choose by itself"
+        )
     if wanted == "emulator":
         return "emulator", "DISAGG_TT_DEVICE=emulator"
     if wanted == "ttnn":
@@ -66,7 +68,6 @@ def choose(environ: Mapping[str, str]) -> tuple[str, str]:
 
 kind, _reason = choose(os.environ)
 features = Features(cross_queue_events=kind != "mock", numbers=kind != "mock", compiles=kind != "emulator")
-
 
 
 def __getattr__(name: str) -> Any:

@@ -47,6 +47,8 @@ def read(tensor: Any, scripted: Callable[[], torch.Tensor]) -> torch.Tensor:
     if features.numbers:
         return values
     if not _told:
-        logger.warning("mock cluster: values read back from the device are garbage and replaced by scripted ones")
+        logger.warning(
+            "mock cluster: values read back from the device are garbage and replaced by scripted ones"
+        )
         _told = True
     return scripted()

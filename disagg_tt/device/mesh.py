@@ -25,7 +25,9 @@ def open_mesh(shape: Shape, *, queues: int = 1) -> Any:
 
 def _open(shape: Shape, queues: int) -> Any:
     if queues > 1 and kind == "mock":
-        raise InputError("--overlap queue needs a second command queue, which a mock cluster lacks; use inline or after")
+        raise InputError(
+            "--overlap queue needs a second command queue, which a mock cluster lacks; use inline or after"
+        )
     ttnn.set_fabric_config(ttnn.FabricConfig.FABRIC_2D)
     options: dict[str, Any] = {"num_command_queues": queues}
     if kind == "mock":
@@ -40,13 +42,18 @@ def open_two(shape: Shape, *, queues: int = 1) -> tuple[Any, Any, Any]:
     beside = rows == columns == 1
     whole = (1, 2) if beside else (2 * rows, columns)
     if min(shape) > 1:
-        raise InputError(f"--one-process with meshes of {rows}x{columns}; allowed: 1x1 and 1xN, whose submeshes are rows")
+        raise InputError(
+            f"--one-process with meshes of {rows}x{columns}; allowed: 1x1 and 1xN, whose submeshes are rows"
+        )
     if kind == "ttnn":
-        logger.warning("two submeshes of one mesh: a socket on a submesh at an offset can hang on hardware (tt-metal#48186)")
+        logger.warning(
+            "two submeshes of one mesh: a socket on a submesh at an offset can hang on hardware (tt-metal#48186)"
+        )
     parent = _open(whole, queues)
     offsets = [(0, 0), (0, 1) if beside else (rows, 0)]
     prefill, decode = (
-        parent.create_submesh(ttnn.MeshShape(rows, columns), ttnn.MeshCoordinate(*offset)) for offset in offsets
+        parent.create_submesh(ttnn.MeshShape(rows, columns), ttnn.MeshCoordinate(*offset))
+        for offset in offsets
     )
     return parent, prefill, decode
 

@@ -1,7 +1,7 @@
 """Moving K and V from the mesh that computed them to the mesh that decodes with them.
 
-    base.py         the contract of every transport: sender, receiver, states, metadata
-    control.py      the messages beside the data: announce, ready, sent, done, failed
-    mesh_socket.py  ttnn MeshSocket, between ranks or between two meshes of one process
-    local.py        one mesh does both: K and V go straight into its cache
+base.py         the contract of every transport: sender, receiver, states, metadata
+control.py      the messages beside the data: announce, ready, sent, done, failed
+mesh_socket.py  ttnn MeshSocket, between ranks or between two meshes of one process
+local.py        one mesh does both: K and V go straight into its cache
 """

@@ -80,7 +80,9 @@ class _Stream:
 
     def begin(self, request: int) -> None:
         if self.state is State.STREAMING:
-            self.fail(f"request {request} announced while request {self.request} is streaming; finish that first")
+            self.fail(
+                f"request {request} announced while request {self.request} is streaming; finish that first"
+            )
         self.state, self.request, self.next_layer = State.WAITING, request, 0
 
     def streaming(self) -> None:
@@ -90,7 +92,9 @@ class _Stream:
     def layer(self, index: int) -> None:
         self.need(State.STREAMING, f"layer {index}")
         if index != self.next_layer or index >= self.layers:
-            self.fail(f"layer {index} of {self.layers}; layer {self.next_layer} is next, layers go in order, each once")
+            self.fail(
+                f"layer {index} of {self.layers}; layer {self.next_layer} is next, layers go in order, each once"
+            )
         self.next_layer += 1
 
     def end(self) -> None:

@@ -45,20 +45,27 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
 }
 MAX_BYTES = 1 << 20
 ADDRESS_BYTES = 64
+START_UP_S = 600.0  # for the other rank's weights and compilation, in which it may be silent; its death is noticed sooner
 
 
 def check(message: object) -> Message:
     """Return `message` if it fits the schema; raises StreamError naming what does not."""
     if not isinstance(message, dict) or message.get("kind") not in SCHEMA:
-        raise StreamError(f"control message {str(message)[:200]!r}; its kind must be one of {', '.join(SCHEMA)}")
+        raise StreamError(
+            f"control message {str(message)[:200]!r}; its kind must be one of {', '.join(SCHEMA)}"
+        )
     fields = SCHEMA[message["kind"]]
     for name, kind in fields.items():
         value = message.get(name)
         right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
         if not right or (kind is int and value < 0):  # type: ignore[operator]
-            raise StreamError(f"control message {message['kind']}: {name} is {value!r}; a valid {kind} is needed")
+            raise StreamError(
+                f"control message {message['kind']}: {name} is {value!r}; a valid {kind} is needed"
+            )
     if set(message) != {"kind", *fields}:
-        raise StreamError(f"control message {message['kind']} has fields {sorted(message)}; allowed: {sorted(fields)}")
+        raise StreamError(
+            f"control message {message['kind']} has fields {sorted(message)}; allowed: {sorted(fields)}"
+        )
     return message
 
 
@@ -157,7 +164,7 @@ class ZmqControl:
         ready = dict(poller.poll(int(wait_s * 1000)))
         if self._monitor in ready and self._socket not in ready:
             ready |= dict(poller.poll(200))  # the reason may be right behind the loss of the connection
-        if self._socket in ready or self._socket.getsockopt(self._zmq.EVENTS) & self._zmq.POLLIN:
+        if self._socket in ready or int(self._socket.getsockopt(self._zmq.EVENTS)) & self._zmq.POLLIN:
             data = self._socket.recv(self._zmq.NOBLOCK)
             try:
                 message = check(json.loads(data))
@@ -209,7 +216,9 @@ def clock_offset(control: Control, timeout_s: float, *, asks: bool, rounds: int 
     return offset
 
 
-def expect(control: Control, kind: str, timeout_s: float, what: str, aside: list[Message] | None = None) -> Message:
+def expect(
+    control: Control, kind: str, timeout_s: float, what: str, aside: list[Message] | None = None
+) -> Message:
     """Return the next message, which must be of `kind`; `busy` restarts the wait, `done` goes to `aside` if given."""
     while True:
         message = control.receive(timeout_s, what)

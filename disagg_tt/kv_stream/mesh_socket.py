@@ -21,7 +21,7 @@ from disagg_tt.device import kind, ttnn
 from disagg_tt.device.host import read, to_device
 from disagg_tt.errors import InputError
 from disagg_tt.kv_stream.base import KVReceiver, KVSender, Metadata, PrefillTimes
-from disagg_tt.kv_stream.control import Control, Message, expect
+from disagg_tt.kv_stream.control import START_UP_S, Control, Message, expect
 
 FIFO_BYTES = 8192  # of L1 on every receiver core, so small; more than a bfloat8_b or bfloat16 page
 LINKS = 2  # fabric links between two N300 boards; more connections a chip are rejected at the first send
@@ -52,13 +52,24 @@ class MeshSocketSender(KVSender):
     """The prefill end of the socket."""
 
     def __init__(
-        self, mesh: Any, socket: Any, control: Control, layers: int, *, overlap: str, direct: bool, deadline_s: float
+        self,
+        mesh: Any,
+        socket: Any,
+        control: Control,
+        layers: int,
+        *,
+        overlap: str,
+        direct: bool,
+        deadline_s: float,
     ):
         super().__init__(layers)
         if overlap not in ("inline", "queue", "after"):
             raise InputError(f"--overlap is {overlap!r}; allowed: inline, queue, after")
         self._mesh, self._socket, self._control = mesh, socket, control
         self._overlap, self._deadline_s = overlap, deadline_s
+        self._limit_s = max(
+            START_UP_S, deadline_s
+        )  # the decode rank may still be compiling at the first request
         self._send = ttnn.experimental.send_direct_async if direct else ttnn.experimental.send_async
         self._chips = mesh.get_num_devices()
         self._kept: list[tuple[int, Any, Any]] = []
@@ -72,9 +83,12 @@ class MeshSocketSender(KVSender):
             "announce", request=request.id, tokens=len(request.tokens), max_new_tokens=request.max_new_tokens
         )
         what = f"request {request.id}: a slot on the decode rank"
-        ready = expect(self._control, "ready", self._deadline_s, what, aside=self.done)
+        ready = expect(self._control, "ready", self._limit_s, what, aside=self.done)
+        self._limit_s = self._deadline_s
         if ready["request"] != request.id:
-            self.stream.fail(f"the decode rank is ready for request {ready['request']}; it was told of {request.id}")
+            self.stream.fail(
+                f"the decode rank is ready for request {ready['request']}; it was told of {request.id}"
+            )
         self.stream.streaming()
 
     def send_layer(self, layer: int, k: Any, v: Any) -> None:
@@ -88,7 +102,9 @@ class MeshSocketSender(KVSender):
             ttnn.wait_for_event(SEND_QUEUE, computed)
             with ttnn.command_queue(SEND_QUEUE):
                 self._enqueue(layer, k, v)
-            self._kept.append((layer, k, v))  # their memory may be reused only when the other queue has sent them
+            self._kept.append(
+                (layer, k, v)
+            )  # their memory may be reused only when the other queue has sent them
 
     def _enqueue(self, layer: int, k: Any, v: Any) -> None:
         for tensor in (k, v):
@@ -128,7 +144,16 @@ def written(socket: Any) -> int | None:
 class MeshSocketReceiver(KVReceiver):
     """The decode end of the socket; `arrived_at` holds when each layer was there, as far as waited for."""
 
-    def __init__(self, mesh: Any, socket: Any, control: Control, config: LlamaConfig, cache: PagedCache, *, direct: bool):
+    def __init__(
+        self,
+        mesh: Any,
+        socket: Any,
+        control: Control,
+        config: LlamaConfig,
+        cache: PagedCache,
+        *,
+        direct: bool,
+    ):
         super().__init__(config.num_hidden_layers)
         self.scripted_token = 0  # what a mock cluster's metadata is taken to say
         self._mesh, self._socket, self._control, self._cache = mesh, socket, control, cache
@@ -145,7 +170,9 @@ class MeshSocketReceiver(KVReceiver):
         self._slot, self._tokens = slot, tokens
         self._events, self.arrived_at, self.bytes_received = [], [], 0
         spec = ttnn.TensorSpec(
-            ttnn.Shape([1, self._heads, whole_tiles(tokens), self._head_dim]), self._cache.dtype, ttnn.TILE_LAYOUT
+            ttnn.Shape([1, self._heads, whole_tiles(tokens), self._head_dim]),
+            self._cache.dtype,
+            ttnn.TILE_LAYOUT,
         )
         # One pair serves all layers: the queue empties it into the cache before it is written again.
         self._staging = [ttnn.allocate_tensor_on_device(spec, self._mesh) for _ in range(2)]
@@ -156,7 +183,7 @@ class MeshSocketReceiver(KVReceiver):
         self.stream.layer(layer)
         for staging in self._staging:
             self._receive_tensor(staging)
-        self._cache.fill(layer, *self._staging, self._slot)
+        self._cache.fill(layer, self._staging[0], self._staging[1], self._slot)
         self._events.append(ttnn.record_event(self._mesh, 0))
 
     def _receive_tensor(self, tensor: Any) -> None:

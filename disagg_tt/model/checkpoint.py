@@ -19,8 +19,15 @@ from disagg_tt.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # What besides the weights decides the tokens that come out.
-SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
-               "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 FETCHED = [*SMALL_FILES, "model*.safetensors", INDEX]
 ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 MAX_HEADER = 100_000_000  # bytes, the safetensors library's own limit
@@ -36,30 +43,36 @@ def find_checkpoint(model: str | None) -> Path:
     if model is None:
         folder = Path(str(importlib.resources.files("disagg_tt") / "checkpoint"))
         if not (folder / "config.json").is_file():
-            raise CheckpointError(f"the package has no checkpoint at {folder}: reinstall it, or give --model "
-                                  "FOLDER")
+            raise CheckpointError(
+                f"the package has no checkpoint at {folder}: reinstall it, or give --model FOLDER"
+            )
         return folder
     folder = Path(model).expanduser()
     if model and folder.is_dir():
         return folder
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
-        raise CheckpointError(f"--model is {model!r}: no such folder, and no hub name (ORGANISATION/NAME); "
-                              "give the folder that holds the checkpoint's config.json")
+        raise CheckpointError(
+            f"--model is {model!r}: no such folder, and no hub name (ORGANISATION/NAME); "
+            "give the folder that holds the checkpoint's config.json"
+        )
     try:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(model, allow_patterns=FETCHED))
     except Exception as error:  # the hub raises errors of many kinds: network, rights, name, disk
-        raise CheckpointError(f"--model is {model!r}: no such folder, and the hub did not give it ({error}); "
-                              "give a local folder, or check the name, the network and the access "
-                              "rights") from error
+        raise CheckpointError(
+            f"--model is {model!r}: no such folder, and the hub did not give it ({error}); "
+            "give a local folder, or check the name, the network and the access "
+            "rights"
+        ) from error
 
 
 def load_config(folder: Path) -> LlamaConfig:
     """The config of the checkpoint in `folder`; EOS ids from generation_config.json where it has any."""
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json: give --model the folder of a Hugging Face "
-                              "checkpoint")
+        raise CheckpointError(
+            f"{folder} has no config.json: give --model the folder of a Hugging Face checkpoint"
+        )
     config = LlamaConfig.from_hf(read_json(folder / "config.json"))
     if (folder / "generation_config.json").is_file():
         eos_ids = token_ids(read_json(folder / "generation_config.json"), "eos_token_id")
@@ -91,16 +104,23 @@ def read_header(file: Path) -> dict[str, Entry]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise _damaged(file, f"its header should be {length} bytes, allowed are "
-                                 f"{min(size - 8, MAX_HEADER)} in a file of {size} bytes")
+            raise _damaged(
+                file,
+                f"its header should be {length} bytes, allowed are "
+                f"{min(size - 8, MAX_HEADER)} in a file of {size} bytes",
+            )
         text = stream.read(length)
     try:
         fields = json.loads(text, object_pairs_hook=_without_twins)
         fields.pop("__metadata__", None)
-        entries = {name: Entry(str(entry["dtype"]), tuple(map(int, entry["shape"])))
-                   for name, entry in fields.items()}
-        spans = {name: (int(entry["data_offsets"][0]), int(entry["data_offsets"][1]))
-                 for name, entry in fields.items()}
+        entries = {
+            name: Entry(str(entry["dtype"]), tuple(map(int, entry["shape"])))
+            for name, entry in fields.items()
+        }
+        spans = {
+            name: (int(entry["data_offsets"][0]), int(entry["data_offsets"][1]))
+            for name, entry in fields.items()
+        }
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
         raise _damaged(file, f"its header is not readable ({type(error).__name__}: {error})") from error
     end = 0
@@ -108,8 +128,11 @@ def read_header(file: Path) -> dict[str, Entry]:
         dtype, shape = entries[name]
         wanted = math.prod(shape) * ELEMENT_BYTES.get(dtype, 0)
         if start != end or stop < start or min(shape, default=0) < 0 or (wanted and stop - start != wanted):
-            raise _damaged(file, f"{name}, {dtype} {list(shape)}, should be {wanted} bytes from {end}, its "
-                                 f"header says {start} to {stop}")
+            raise _damaged(
+                file,
+                f"{name}, {dtype} {list(shape)}, should be {wanted} bytes from {end}, its "
+                f"header says {start} to {stop}",
+            )
         end = stop
     if size != 8 + length + end:
         raise _damaged(file, f"it should be {8 + length + end} bytes long, it is {size}")
@@ -146,19 +169,25 @@ class Checkpoint:
             header = read_header(path / SINGLE)
             return cls(path, config, {SINGLE: header}, dict.fromkeys(header, SINGLE))
         if not (path / INDEX).is_file():
-            raise CheckpointError(f"{path} has neither {SINGLE} nor {INDEX}; give a checkpoint in "
-                                  "safetensors format")
+            raise CheckpointError(
+                f"{path} has neither {SINGLE} nor {INDEX}; give a checkpoint in safetensors format"
+            )
         weight_map = read_json(path / INDEX).get("weight_map")
         # A shard is a plain file name: an index must not lead out of its folder.
         if not isinstance(weight_map, dict) or not all(
-                isinstance(file, str) and file and Path(file).name == file for file in weight_map.values()):
-            raise CheckpointError(f"{path / INDEX}: weight_map is not an object of tensor names and file "
-                                  "names in the same folder; fetch the checkpoint again")
+            isinstance(file, str) and file and Path(file).name == file for file in weight_map.values()
+        ):
+            raise CheckpointError(
+                f"{path / INDEX}: weight_map is not an object of tensor names and file "
+                "names in the same folder; fetch the checkpoint again"
+            )
         files = sorted(set(weight_map.values()))
         missing = [file for file in files if not (path / file).is_file()]
         if missing:
-            raise CheckpointError(f"{path} lacks {len(missing)} of the {len(files)} shards that {INDEX} "
-                                  f"names: {', '.join(missing[:4])}; fetch the checkpoint again")
+            raise CheckpointError(
+                f"{path} lacks {len(missing)} of the {len(files)} shards that {INDEX} "
+                f"names: {', '.join(missing[:4])}; fetch the checkpoint again"
+            )
         return cls(path, config, {file: read_header(path / file) for file in files}, weight_map)
 
     @cached_property
@@ -181,19 +210,27 @@ class Checkpoint:
         """The file that holds the weight `name`, after the checks of `verify` for it."""
         holders = [file for file, header in self.headers.items() if name in header]
         if not holders or self.weight_map.get(name) not in holders:
-            raise CheckpointError(f"{self.path} lacks {name}, which config.json needs, in the file that its "
-                                  "index gives; fetch the checkpoint again")
+            raise CheckpointError(
+                f"{self.path} lacks {name}, which config.json needs, in the file that its "
+                "index gives; fetch the checkpoint again"
+            )
         if len(holders) > 1:
-            raise CheckpointError(f"{self.path} has {name} {len(holders)} times, in "
-                                  f"{', '.join(holders[:4])}, allowed is once; fetch the checkpoint again")
+            raise CheckpointError(
+                f"{self.path} has {name} {len(holders)} times, in "
+                f"{', '.join(holders[:4])}, allowed is once; fetch the checkpoint again"
+            )
         dtype, shape = self.headers[holders[0]][name]
         if shape != self._shapes[name]:
-            raise CheckpointError(f"{self.path / holders[0]}: {name} has shape {list(shape)}, config.json "
-                                  f"makes it {list(self._shapes[name])}; give the config that belongs to "
-                                  "these weights")
+            raise CheckpointError(
+                f"{self.path / holders[0]}: {name} has shape {list(shape)}, config.json "
+                f"makes it {list(self._shapes[name])}; give the config that belongs to "
+                "these weights"
+            )
         if dtype not in ELEMENT_BYTES:
-            raise CheckpointError(f"{self.path / holders[0]}: {name} is {dtype}, allowed are "
-                                  f"{', '.join(ELEMENT_BYTES)}; give a checkpoint that is not quantised")
+            raise CheckpointError(
+                f"{self.path / holders[0]}: {name} is {dtype}, allowed are "
+                f"{', '.join(ELEMENT_BYTES)}; give a checkpoint that is not quantised"
+            )
         return holders[0]
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -206,8 +243,9 @@ class Checkpoint:
         if name == "lm_head.weight" and self.config.tie_word_embeddings:
             name = "model.embed_tokens.weight"
         if name not in self._shapes:
-            raise CheckpointError(f"{name!r} is no weight of a Llama of {self.config.num_hidden_layers} "
-                                  "layers")
+            raise CheckpointError(
+                f"{name!r} is no weight of a Llama of {self.config.num_hidden_layers} layers"
+            )
         file = self._file_of(name)
         try:
             if file not in self._opened:

@@ -153,7 +153,15 @@ class Llama:
         return self._head(x)
 
     def _decode_layer(
-        self, w: LayerWeights, x: Any, pools: tuple[Any, Any], positions: Any, pages: Any, cos: Any, sin: Any, slots: int
+        self,
+        w: LayerWeights,
+        x: Any,
+        pools: tuple[Any, Any],
+        positions: Any,
+        pages: Any,
+        cos: Any,
+        sin: Any,
+        slots: int,
     ) -> Any:
         l1 = ttnn.L1_MEMORY_CONFIG
         qkv = self._matmul_narrow(self._norm(x, w.attention_norm, l1), w.wqkv, l1)
@@ -189,7 +197,9 @@ class Llama:
         return ttnn.add(x, self._reduce(self._matmul_narrow(h, w.w2, l1), l1), memory_config=l1)
 
     def _matmul_narrow(self, a: Any, b: Any, memory: Any = None) -> Any:
-        return ttnn.linear(a, b, dtype=ttnn.bfloat16, memory_config=memory, compute_kernel_config=self.precise)
+        return ttnn.linear(
+            a, b, dtype=ttnn.bfloat16, memory_config=memory, compute_kernel_config=self.precise
+        )
 
     @property
     def _decode_attention(self) -> Any:

@@ -22,7 +22,9 @@ def inverse_frequencies(config: LlamaConfig) -> torch.Tensor:
         return speeds / scaling.factor
     original = scaling.original_max_position_embeddings
     wavelengths = 2 * math.pi / speeds
-    smooth = (original / wavelengths - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = (original / wavelengths - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
     smooth = smooth.clamp(0, 1)
     return (1 - smooth) * speeds / scaling.factor + smooth * speeds
 

@@ -117,7 +117,12 @@ from disagg_tt.device.emulator.ops import attention as _attention
 from disagg_tt.device.emulator.ops import cache as _cache
 from disagg_tt.device.emulator.ops import matmul as _matmul
 
-bfloat16, float32, bfloat8_b, bfloat4_b = DataType.BFLOAT16, DataType.FLOAT32, DataType.BFLOAT8_B, DataType.BFLOAT4_B
+bfloat16, float32, bfloat8_b, bfloat4_b = (
+    DataType.BFLOAT16,
+    DataType.FLOAT32,
+    DataType.BFLOAT8_B,
+    DataType.BFLOAT4_B,
+)
 uint32, int32, uint16, uint8 = DataType.UINT32, DataType.INT32, DataType.UINT16, DataType.UINT8
 TILE_LAYOUT, ROW_MAJOR_LAYOUT = Layout.TILE, Layout.ROW_MAJOR
 

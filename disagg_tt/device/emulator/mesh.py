@@ -75,7 +75,14 @@ class Memory:
 class MeshDevice:
     """A grid of chips that run the same ops on their own shards."""
 
-    def __init__(self, shape: MeshShape, chips: list[int], grid: CoreCoord, queues: list[CommandQueue], parent: Any = None):
+    def __init__(
+        self,
+        shape: MeshShape,
+        chips: list[int],
+        grid: CoreCoord,
+        queues: list[CommandQueue],
+        parent: Any = None,
+    ):
         self.shape, self._chips, self._grid, self._parent = shape, chips, grid, parent
         self._queues = queues
         self._memory = Memory(grid.x * grid.y)
@@ -94,7 +101,9 @@ class MeshDevice:
     def reshape(self, new_shape: MeshShape) -> None:
         """Arrange the same chips in another grid."""
         if MeshShape(new_shape).mesh_size() != len(self._chips):
-            raise DeviceError(f"reshape: {tuple(new_shape)} holds another number of chips than {len(self._chips)}")
+            raise DeviceError(
+                f"reshape: {tuple(new_shape)} holds another number of chips than {len(self._chips)}"
+            )
         self.shape = MeshShape(new_shape)
 
     def get_submeshes(self) -> list[MeshDevice]:
@@ -108,7 +117,9 @@ class MeshDevice:
             raise DeviceError(
                 f"create_submesh: {rows}x{columns} at ({top}, {left}) leaves the mesh of {self.shape[0]}x{self.shape[1]} chips"
             )
-        chips = [self._chips[(top + r) * self.shape[1] + left + c] for r in range(rows) for c in range(columns)]
+        chips = [
+            self._chips[(top + r) * self.shape[1] + left + c] for r in range(rows) for c in range(columns)
+        ]
         queues = [CommandQueue(f"chips {chips} queue {q.name[-1]}", q.timeout_s) for q in self._queues]
         mesh = MeshDevice(MeshShape(rows, columns), chips, self._grid, queues, parent=self)
         self._submeshes.append(mesh)
@@ -118,7 +129,9 @@ class MeshDevice:
         """Return the command queue `cq_id`, by default the one chosen by `command_queue`, else 0."""
         number = getattr(_current, "queue", 0) if cq_id is None else cq_id
         if self._closed:
-            raise DeviceError(f"the mesh of chips {self._chips} is closed; open it again before using its tensors")
+            raise DeviceError(
+                f"the mesh of chips {self._chips} is closed; open it again before using its tensors"
+            )
         if not 0 <= number < len(self._queues):
             raise DeviceError(
                 f"command queue {number} of a mesh opened with num_command_queues={len(self._queues)}; "
@@ -143,7 +156,9 @@ def set_fabric_config(config: FabricConfig) -> None:
     """Choose the fabric; must come before a mesh is opened."""
     global _fabric
     if _open_chips and config is not _fabric:
-        raise DeviceError(f"set_fabric_config({config.name}) after a mesh was opened; call it before open_mesh_device")
+        raise DeviceError(
+            f"set_fabric_config({config.name}) after a mesh was opened; call it before open_mesh_device"
+        )
     _fabric = config
 
 
@@ -174,7 +189,9 @@ def open_mesh_device(
         )
     _open_chips.update(chips)
     timeout = float(os.environ.get("TT_METAL_OPERATION_TIMEOUT_SECONDS", "60"))
-    queues = [CommandQueue(f"mesh of chips {chips}, command queue {i}", timeout) for i in range(num_command_queues)]
+    queues = [
+        CommandQueue(f"mesh of chips {chips}, command queue {i}", timeout) for i in range(num_command_queues)
+    ]
     grid = CoreCoord(8, 7) if dispatch is DispatchCoreType.WORKER else CoreCoord(8, 8)
     return MeshDevice(MeshShape(mesh_shape), chips, grid, queues)
 

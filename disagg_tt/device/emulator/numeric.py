@@ -67,7 +67,9 @@ def pack(values: torch.Tensor, dtype: DataType) -> torch.Tensor:
     if dtype is DataType.BFLOAT16:
         return values.contiguous().view(torch.int16).reshape(-1)[1::2].contiguous().view(torch.uint8)
     if not dtype.is_block_float:
-        torch_dtype = {"float32": torch.float32, "uint32": torch.int64, "int32": torch.int32}.get(dtype.value, torch.int64)
+        torch_dtype = {"float32": torch.float32, "uint32": torch.int64, "int32": torch.int32}.get(
+            dtype.value, torch.int64
+        )
         raw = values.contiguous().to(torch_dtype)
         if torch_dtype is torch.int64:
             size = dtype.bytes_of(1)

@@ -47,7 +47,9 @@ class CommandQueue:
             self._pending.append((name, work))
             self.idle = False
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, args=(torch.get_num_threads(),), daemon=True)
+                self._thread = threading.Thread(
+                    target=self._work, args=(torch.get_num_threads(),), daemon=True
+                )
                 self._thread.start()
             self._changed.notify_all()
         return self.enqueued

@@ -135,7 +135,14 @@ _numbers: Counter[tuple[int, int]] = Counter()
 class MeshSocket:
     """One end of a connection between two meshes. Creating it meets the other end, within 10 s."""
 
-    def __init__(self, device: MeshDevice, config: SocketConfig, *, channel: Channel | None = None, sender: bool | None = None):
+    def __init__(
+        self,
+        device: MeshDevice,
+        config: SocketConfig,
+        *,
+        channel: Channel | None = None,
+        sender: bool | None = None,
+    ):
         self._mesh, self._config = device, config
         self._next = 0
         self.bytes_written = 0  # payload bytes given to the transport, packed
@@ -147,7 +154,9 @@ class MeshSocket:
         me = distributed.distributed_context_get_rank()
         ends = _ranks(config)
         if me not in ends or ends[0] == ends[1]:
-            raise DeviceError(f"socket from rank {ends[0]} to rank {ends[1]} made on rank {me}; it must be made on those two")
+            raise DeviceError(
+                f"socket from rank {ends[0]} to rank {ends[1]} made on rank {me}; it must be made on those two"
+            )
         self._sends = me == ends[0]
         peer = ends[1] if self._sends else ends[0]
         self._peer = f"rank {peer}"
@@ -164,7 +173,9 @@ class MeshSocket:
             HANDSHAKE_S,
         )
         if theirs != mine:
-            raise DeviceError(f"socket ends differ: rank {me} has {mine}, rank {peer} has {theirs}; give both the same config")
+            raise DeviceError(
+                f"socket ends differ: rank {me} has {mine}, rank {peer} has {theirs}; give both the same config"
+            )
 
     def get_mesh_device(self) -> MeshDevice:
         return self._mesh
@@ -172,13 +183,17 @@ class MeshSocket:
 
 def _check_config(config: SocketConfig, mesh: MeshDevice) -> None:
     if fabric_config() is FabricConfig.DISABLED:
-        raise DeviceError("MeshSocket without a fabric; call set_fabric_config(FabricConfig.FABRIC_2D) before opening the mesh")
+        raise DeviceError(
+            "MeshSocket without a fabric; call set_fabric_config(FabricConfig.FABRIC_2D) before opening the mesh"
+        )
     if not config.connections:
         raise DeviceError("MeshSocket with no connections; give one SocketConnection a chip at least")
     receivers = [c.receiver_core for c in config.connections]
     double = [core for core, count in Counter(receivers).items() if count > 1]
     if double:
-        raise DeviceError(f"two connections share the receiver core {double[0]}; each needs a core of its own")
+        raise DeviceError(
+            f"two connections share the receiver core {double[0]}; each needs a core of its own"
+        )
 
 
 def _ranks(config: SocketConfig) -> tuple[int, int]:
@@ -186,15 +201,21 @@ def _ranks(config: SocketConfig) -> tuple[int, int]:
     if config.sender_rank is not None and config.receiver_rank is not None:
         return int(config.sender_rank), int(config.receiver_rank)
     if config.sender_mesh_id is None or config.receiver_mesh_id is None:
-        raise DeviceError("SocketConfig needs sender_rank and receiver_rank, or sender_mesh_id and receiver_mesh_id")
+        raise DeviceError(
+            "SocketConfig needs sender_rank and receiver_rank, or sender_mesh_id and receiver_mesh_id"
+        )
     ids = distributed.distributed_context_allgather_int(int(os.environ.get("TT_MESH_ID", "-1")))
     for wanted in (config.sender_mesh_id, config.receiver_mesh_id):
         if ids.count(wanted) != 1:
-            raise DeviceError(f"mesh id {wanted} belongs to {ids.count(wanted)} ranks; the ranks' mesh ids (TT_MESH_ID) are {ids}")
+            raise DeviceError(
+                f"mesh id {wanted} belongs to {ids.count(wanted)} ranks; the ranks' mesh ids (TT_MESH_ID) are {ids}"
+            )
     return ids.index(config.sender_mesh_id), ids.index(config.receiver_mesh_id)
 
 
-def create_socket_pair(sender: MeshDevice, receiver: MeshDevice, config: SocketConfig) -> tuple[MeshSocket, MeshSocket]:
+def create_socket_pair(
+    sender: MeshDevice, receiver: MeshDevice, config: SocketConfig
+) -> tuple[MeshSocket, MeshSocket]:
     """Return the two ends of a socket between two meshes of this process."""
     there: Any = queues.Queue()
     back: Any = queues.Queue()
@@ -212,23 +233,31 @@ def _describe(spec: Spec, direct: bool) -> dict[str, Any]:
     return {"shape": list(spec.shape), "dtype": spec.dtype.value, "layout": spec.layout.name, "mode": mode}
 
 
-def _begin(what: str, tensor: Tensor, socket: MeshSocket, sends: bool, direct: bool) -> tuple[MeshDevice, int, dict[str, Any]]:
+def _begin(
+    what: str, tensor: Tensor, socket: MeshSocket, sends: bool, direct: bool
+) -> tuple[MeshDevice, int, dict[str, Any]]:
     mesh = on_device(what, tensor)
     config = socket._config
     if mesh is not socket._mesh:
         raise DeviceError(f"{what}: tensor on {mesh!r}, socket on {socket._mesh!r}")
     if socket._sends is not sends:
-        raise DeviceError(f"{what} on the socket's {'sending' if socket._sends else 'receiving'} end; use the other end")
+        raise DeviceError(
+            f"{what} on the socket's {'sending' if socket._sends else 'receiving'} end; use the other end"
+        )
     coords = Counter((c.sender_core if sends else c.receiver_core).device_coord for c in config.connections)
     if max(coords.values()) > LINKS:
-        raise DeviceError(f"{what}: {max(coords.values())} connections on one chip; the fabric has {LINKS} links, use at most that many")
+        raise DeviceError(
+            f"{what}: {max(coords.values())} connections on one chip; the fabric has {LINKS} links, use at most that many"
+        )
     if len(coords) != mesh.get_num_devices():
         raise DeviceError(
             f"{what}: the socket connects {len(coords)} of {mesh.get_num_devices()} chips; the others' shards would not move"
         )
     page = -(-tensor.buffer_page_size() // 32) * 32
     if not direct and config.memory_config.fifo_size < page:
-        raise DeviceError(f"{what}: FIFO of {config.memory_config.fifo_size} B for pages of {page} B; make it {page} B or more")
+        raise DeviceError(
+            f"{what}: FIFO of {config.memory_config.fifo_size} B for pages of {page} B; make it {page} B or more"
+        )
     socket._next += 1
     return mesh, socket._next, _describe(tensor.spec, direct)
 
@@ -240,13 +269,19 @@ def _send(what: str, tensor: Tensor, socket: MeshSocket, direct: bool) -> None:
 
     def work() -> None:
         values = whole(storage.data, spec).expand(mesh.get_num_devices(), *spec.shape)
-        grow = [n for have, want in zip(reversed(spec.shape), reversed(spec.padded_shape), strict=True) for n in (0, want - have)]
+        grow = [
+            n
+            for have, want in zip(reversed(spec.shape), reversed(spec.padded_shape), strict=True)
+            for n in (0, want - have)
+        ]
         if any(grow):
             values = torch.nn.functional.pad(values, grow)
         payload = pack(values, spec.dtype)
         socket._channel.put({"number": number, "bytes": payload.numel(), **mine}, payload)
         socket.bytes_written += payload.numel()
-        answer = socket._channel.get_note(f"{what} number {number} of {mine}: a matching receive on {socket._peer}")
+        answer = socket._channel.get_note(
+            f"{what} number {number} of {mine}: a matching receive on {socket._peer}"
+        )
         if answer["error"]:
             raise DeviceError(answer["error"])
 
@@ -260,7 +295,9 @@ def _receive(what: str, tensor: Tensor, socket: MeshSocket, direct: bool) -> Non
     _check_order(what, queue, storage)
 
     def work() -> None:
-        theirs = socket._channel.get_note(f"{what} number {number} into {mine}: a matching send on {socket._peer}")
+        theirs = socket._channel.get_note(
+            f"{what} number {number} into {mine}: a matching send on {socket._peer}"
+        )
         size = theirs.pop("bytes")
         expected = {"number": number, **mine}
         shape = (mesh.get_num_devices(), *spec.padded_shape)
@@ -271,9 +308,11 @@ def _receive(what: str, tensor: Tensor, socket: MeshSocket, direct: bool) -> Non
             )
             socket._channel.put({"error": error}, None)
             raise DeviceError(error)
-        payload = socket._channel.get_payload(size, f"{what} number {number}: {size} bytes from {socket._peer}")
+        payload = socket._channel.get_payload(
+            size, f"{what} number {number}: {size} bytes from {socket._peer}"
+        )
         values = unpack(payload, shape, spec.dtype)
-        storage.data = values[(slice(None), *(slice(0, d) for d in spec.shape))]
+        storage.data = values[tuple(slice(0, d) for d in (values.shape[0], *spec.shape))]
         storage.memo = None
         socket._channel.put({"error": ""}, None)
 

@@ -129,13 +129,21 @@ def on_device(what: str, *tensors: Tensor) -> MeshDevice:
     mesh = tensors[0]._mesh
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
-            raise DeviceError(f"{what}: a {type(tensor).__name__} where a ttnn tensor is needed; convert it with from_torch")
+            raise DeviceError(
+                f"{what}: a {type(tensor).__name__} where a ttnn tensor is needed; convert it with from_torch"
+            )
         if tensor._mesh is None:
-            raise DeviceError(f"{what}: input {tensor!r} is on the host; move it with from_torch(..., device=mesh)")
+            raise DeviceError(
+                f"{what}: input {tensor!r} is on the host; move it with from_torch(..., device=mesh)"
+            )
         if tensor._mesh is not mesh:
-            raise DeviceError(f"{what}: inputs on different meshes, {mesh!r} and {tensor._mesh!r}; they must share one")
+            raise DeviceError(
+                f"{what}: inputs on different meshes, {mesh!r} and {tensor._mesh!r}; they must share one"
+            )
         if tensor._storage.freed:
-            raise DeviceError(f"{what}: input {tensor.spec!r} was deallocated; use it before it is freed, or keep a copy")
+            raise DeviceError(
+                f"{what}: input {tensor.spec!r} was deallocated; use it before it is freed, or keep a copy"
+            )
     assert mesh is not None
     return mesh
 
@@ -228,7 +236,9 @@ class ShardTensorToMesh:
         chips = self.mesh.get_num_devices()
         size = values.shape[self.dim]
         if size % chips:
-            raise DeviceError(f"ShardTensorToMesh: axis {self.dim} of {list(values.shape)} is {size}, not divisible by {chips} chips")
+            raise DeviceError(
+                f"ShardTensorToMesh: axis {self.dim} of {list(values.shape)} is {size}, not divisible by {chips} chips"
+            )
         return torch.stack(values.chunk(chips, dim=self.dim))
 
 
@@ -250,9 +260,14 @@ def from_torch(
 ) -> Tensor:
     """Return `tensor` as a ttnn tensor of `dtype`, on the host or on `device`, rounded as the host converts."""
     if dtype is None:
-        names = {v: k for k, v in _HOST_DTYPE.items()} | {torch.float32: DataType.FLOAT32, torch.int64: DataType.UINT32}
+        names = {v: k for k, v in _HOST_DTYPE.items()} | {
+            torch.float32: DataType.FLOAT32,
+            torch.int64: DataType.UINT32,
+        }
         if tensor.dtype not in names:
-            raise DeviceError(f"from_torch: no ttnn dtype for {tensor.dtype}; allowed: {', '.join(map(str, names))}")
+            raise DeviceError(
+                f"from_torch: no ttnn dtype for {tensor.dtype}; allowed: {', '.join(map(str, names))}"
+            )
         dtype = names[tensor.dtype]
     if mesh_mapper is None and device is not None and device.get_num_devices() > 1:
         mesh_mapper = ReplicateTensorToMesh(device)
@@ -331,9 +346,13 @@ def copy_host_to_device_tensor(host_tensor: Tensor, device_tensor: Tensor, cq_id
     """Overwrite `device_tensor` in place with `host_tensor`, whose spec must match but for the memory config."""
     host, target = host_tensor.spec, device_tensor.spec
     if host_tensor._mesh is not None:
-        raise DeviceError(f"copy_host_to_device_tensor: the source {host!r} is on a device; it must be a host tensor")
+        raise DeviceError(
+            f"copy_host_to_device_tensor: the source {host!r} is on a device; it must be a host tensor"
+        )
     if (host.shape, host.dtype, host.layout) != (target.shape, target.dtype, target.layout):
-        raise DeviceError(f"copy_host_to_device_tensor: host {host!r} into device {target!r}; shape, dtype and layout must match")
+        raise DeviceError(
+            f"copy_host_to_device_tensor: host {host!r} into device {target!r}; shape, dtype and layout must match"
+        )
     values = host_tensor._storage.data
     storage = device_tensor._storage
 

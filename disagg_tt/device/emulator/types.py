@@ -50,7 +50,10 @@ class DataType(Enum):
             return elements + elements // 16
         if self is DataType.BFLOAT4_B:
             return elements // 2 + elements // 16
-        return elements * {"float32": 4, "uint32": 4, "int32": 4, "bfloat16": 2, "uint16": 2, "uint8": 1}[self.value]
+        return (
+            elements
+            * {"float32": 4, "uint32": 4, "int32": 4, "bfloat16": 2, "uint16": 2, "uint8": 1}[self.value]
+        )
 
 
 _FLOATS = {DataType.BFLOAT16, DataType.FLOAT32, DataType.BFLOAT8_B, DataType.BFLOAT4_B}
@@ -170,15 +173,23 @@ class CoreRangeSet:
 def num_cores_to_corerangeset(target: int, grid: CoreCoord, row_wise: bool = False) -> CoreRangeSet:
     """Return the first `target` cores of `grid`, row by row (or column by column); raises DeviceError if too few."""
     if not 0 < target <= grid.x * grid.y:
-        raise DeviceError(f"{target} cores asked of a grid of {grid.x}x{grid.y}; at most {grid.x * grid.y} are there")
+        raise DeviceError(
+            f"{target} cores asked of a grid of {grid.x}x{grid.y}; at most {grid.x * grid.y} are there"
+        )
     along, across = (grid.x, grid.y) if row_wise else (grid.y, grid.x)
     full, rest = divmod(target, along)
     assert full <= across
 
     def box(a0: int, c0: int, a1: int, c1: int) -> CoreRange:
-        return CoreRange(CoreCoord(a0, c0), CoreCoord(a1, c1)) if row_wise else CoreRange(CoreCoord(c0, a0), CoreCoord(c1, a1))
+        return (
+            CoreRange(CoreCoord(a0, c0), CoreCoord(a1, c1))
+            if row_wise
+            else CoreRange(CoreCoord(c0, a0), CoreCoord(c1, a1))
+        )
 
-    ranges = ([box(0, 0, along - 1, full - 1)] if full else []) + ([box(0, full, rest - 1, full)] if rest else [])
+    ranges = ([box(0, 0, along - 1, full - 1)] if full else []) + (
+        [box(0, full, rest - 1, full)] if rest else []
+    )
     return CoreRangeSet(ranges)
 
 
@@ -226,7 +237,9 @@ def create_sharded_memory_config(
 ) -> MemoryConfig:
     """Return an L1 sharded memory config; only the form that gives the shard's own height and width is supported."""
     if not use_height_and_width_as_shard_shape:
-        raise DeviceError("create_sharded_memory_config: pass use_height_and_width_as_shard_shape=True with the shard's shape")
+        raise DeviceError(
+            "create_sharded_memory_config: pass use_height_and_width_as_shard_shape=True with the shard's shape"
+        )
     layout = TensorMemoryLayout[f"{strategy.name}_SHARDED"]
     shard = ShardSpec(core_grid, (int(shape[-2]), int(shape[-1])), orientation or ShardOrientation.ROW_MAJOR)
     return MemoryConfig(layout, BufferType.L1, shard)
@@ -253,7 +266,9 @@ class SDPAProgramConfig:
                  exp_approx_mode: bool | None = None, max_cores_per_head_batch: int = 16):  # fmt: skip
         for name, size in (("q_chunk_size", q_chunk_size), ("k_chunk_size", k_chunk_size)):
             if size % TILE_SIZE or size <= 0:
-                raise DeviceError(f"SDPAProgramConfig: {name} is {size}; it must be a positive multiple of {TILE_SIZE}")
+                raise DeviceError(
+                    f"SDPAProgramConfig: {name} is {size}; it must be a positive multiple of {TILE_SIZE}"
+                )
         for name, value in list(locals().items()):
             if name in type(self).__dataclass_fields__:
                 object.__setattr__(self, name, value)
@@ -264,7 +279,9 @@ class Spec:
 
     __slots__ = ("bytes", "dtype", "layout", "memory_config", "padded_shape", "shape")
 
-    def __init__(self, shape: Shape, padded: Shape, dtype: DataType, layout: Layout, memory_config: MemoryConfig):
+    def __init__(
+        self, shape: Shape, padded: Shape, dtype: DataType, layout: Layout, memory_config: MemoryConfig
+    ):
         self.shape, self.padded_shape, self.dtype, self.layout = shape, padded, dtype, layout
         self.memory_config = memory_config
         self.bytes = dtype.bytes_of(math.prod(padded))
@@ -363,7 +380,9 @@ class MeshCoordinate(tuple):
     """A chip's place in a mesh: MeshCoordinate(0, 1)."""
 
     def __new__(cls, *dims: Any) -> MeshCoordinate:
-        return super().__new__(cls, (int(d) for d in (dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims)))
+        return super().__new__(
+            cls, (int(d) for d in (dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims))
+        )
 
     def __repr__(self) -> str:
         return f"MeshCoordinate({list(self)})"

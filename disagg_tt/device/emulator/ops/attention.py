@@ -43,7 +43,11 @@ def _split_plan(a: Spec, heads: int, kv_heads: int, memory_config: MemoryConfig 
     need_tile(op, input=a)
     parts = heads + 2 * kv_heads
     need(a.shape[0] >= 1 and a.shape[1] == 1, op, f"input {list(a.shape)} must be [batch, 1, tokens, width]")
-    need(a.shape[-1] % parts == 0, op, f"width {a.shape[-1]} for {heads} q and 2 x {kv_heads} kv heads; it must be a multiple of {parts}")
+    need(
+        a.shape[-1] % parts == 0,
+        op,
+        f"width {a.shape[-1]} for {heads} q and 2 x {kv_heads} kv heads; it must be a multiple of {parts}",
+    )
     dim, place = a.shape[-1] // parts, placed(memory_config)
     need(dim % TILE_SIZE == 0, op, f"head_dim {dim}; it must be a multiple of {TILE_SIZE}")
     q = make_spec((a.shape[0], heads, a.shape[2], dim), a.dtype, Layout.TILE, place)
@@ -83,10 +87,18 @@ def _split_decode_plan(a: Spec, heads: int, kv_heads: int, grid: object) -> tupl
     need_tile(op, input=a)
     need_dtype(op, "input", a, BF16, DataType.FLOAT32)
     batch = a.shape[2]
-    need(a.shape[:2] == (1, 1) and 1 <= batch <= 32, op, f"input {list(a.shape)} must be [1, 1, batch, width], batch 1..32")
+    need(
+        a.shape[:2] == (1, 1) and 1 <= batch <= 32,
+        op,
+        f"input {list(a.shape)} must be [1, 1, batch, width], batch 1..32",
+    )
     need(heads <= TILE_SIZE, op, f"{heads} heads on a chip; at most {TILE_SIZE}")
     dim = a.shape[-1] // (heads + 2 * kv_heads)
-    need(dim * (heads + 2 * kv_heads) == a.shape[-1] and dim % TILE_SIZE == 0, op, f"width {a.shape[-1]} does not split into heads")
+    need(
+        dim * (heads + 2 * kv_heads) == a.shape[-1] and dim % TILE_SIZE == 0,
+        op,
+        f"width {a.shape[-1]} does not split into heads",
+    )
 
     def spec(count: int) -> Spec:
         place = _on_cores(batch, TILE_SIZE, dim, TensorMemoryLayout.HEIGHT_SHARDED, grid)
@@ -96,12 +108,20 @@ def _split_decode_plan(a: Spec, heads: int, kv_heads: int, grid: object) -> tupl
 
 
 def nlp_create_qkv_heads_decode(
-    input: Tensor, *, num_heads: int, num_kv_heads: int | None = None, memory_config: MemoryConfig | None = None
+    input: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    memory_config: MemoryConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split [1, 1, batch, width] into q [1, batch, heads, D] and k, v [1, batch, kv_heads, D], one user a core."""
     op = "nlp_create_qkv_heads_decode"
     kv_heads = num_kv_heads or num_heads
-    need(memory_config is None or memory_config.is_sharded(), op, f"memory_config {memory_config!r} must be height sharded")
+    need(
+        memory_config is None or memory_config.is_sharded(),
+        op,
+        f"memory_config {memory_config!r} must be height sharded",
+    )
     grid = on_device(op, input).compute_with_storage_grid_size()
     q, kv = _split_decode_plan(input.spec, num_heads, kv_heads, grid)
 
@@ -109,7 +129,9 @@ def nlp_create_qkv_heads_decode(
         batch, heads, dim = spec.shape[1:]
 
         def compute(a: torch.Tensor) -> torch.Tensor:
-            return a[..., :batch, first * dim : (first + heads) * dim].reshape(a.shape[0], 1, batch, heads, dim)
+            return a[..., :batch, first * dim : (first + heads) * dim].reshape(
+                a.shape[0], 1, batch, heads, dim
+            )
 
         return launch(op, spec, compute, input)
 
@@ -122,7 +144,9 @@ def _join_plan(a: Spec, memory_config: MemoryConfig | None) -> Spec:
     need_tile(op, input=a)
     need(len(a.shape) == 4, op, f"input {list(a.shape)} must be [batch, heads, tokens, head_dim]")
     batch, heads, tokens, dim = a.shape
-    return make_spec((batch, 1, tokens, heads * dim), a.dtype, Layout.TILE, placed(memory_config, a.memory_config))
+    return make_spec(
+        (batch, 1, tokens, heads * dim), a.dtype, Layout.TILE, placed(memory_config, a.memory_config)
+    )
 
 
 def nlp_concat_heads(input: Tensor, *, memory_config: MemoryConfig | None = None) -> Tensor:
@@ -139,7 +163,11 @@ def nlp_concat_heads(input: Tensor, *, memory_config: MemoryConfig | None = None
 def _join_decode_plan(a: Spec, heads: int, grid: object) -> Spec:
     op = "nlp_concat_heads_decode"
     need_tile(op, input=a)
-    need(a.memory_config.memory_layout is TensorMemoryLayout.HEIGHT_SHARDED, op, f"input {a!r} must be height sharded")
+    need(
+        a.memory_config.memory_layout is TensorMemoryLayout.HEIGHT_SHARDED,
+        op,
+        f"input {a!r} must be height sharded",
+    )
     need(a.shape[2] == heads, op, f"num_heads {heads} for input {list(a.shape)}, which has {a.shape[2]}")
     place = _on_cores(heads, TILE_SIZE, a.shape[3], TensorMemoryLayout.WIDTH_SHARDED, grid)
     return make_spec((1, 1, TILE_SIZE, heads * a.shape[3]), a.dtype, Layout.TILE, place)
@@ -165,15 +193,26 @@ def _rope_plan(a: Spec, cos: Spec, sin: Spec, decode: bool, memory_config: Memor
     if decode:
         sharded = TensorMemoryLayout.HEIGHT_SHARDED
         for name, spec in (("input", a), ("cos", cos), ("sin", sin)):
-            need(spec.memory_config.memory_layout is sharded, op, f"decode's {name} {spec!r} must be height sharded")
+            need(
+                spec.memory_config.memory_layout is sharded,
+                op,
+                f"decode's {name} {spec!r} must be height sharded",
+            )
         need(cos.shape[1] == a.shape[1], op, f"cos for {cos.shape[1]} users, input for {a.shape[1]}")
     else:
-        need(cos.shape[2] >= a.shape[2], op, f"cos has {cos.shape[2]} positions, the input {a.shape[2]} tokens")
+        need(
+            cos.shape[2] >= a.shape[2], op, f"cos has {cos.shape[2]} positions, the input {a.shape[2]} tokens"
+        )
     return make_spec(a.shape, a.dtype, Layout.TILE, placed(memory_config, a.memory_config))
 
 
 def rotary_embedding_hf(
-    input: Tensor, cos: Tensor, sin: Tensor, *, is_decode_mode: bool, memory_config: MemoryConfig | None = None
+    input: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    is_decode_mode: bool,
+    memory_config: MemoryConfig | None = None,
 ) -> Tensor:
     """Return x * cos + rotate_half(x) * sin; prefill uses rows 0..S-1 of cos and sin, decode row u for user u."""
     spec = _rope_plan(input.spec, cos.spec, sin.spec, is_decode_mode, memory_config)
@@ -194,15 +233,33 @@ def rotary_embedding_hf(
 
 
 @lru_cache(maxsize=1024)
-def _sdpa_plan(q: Spec, k: Spec, v: Spec, config: SDPAProgramConfig | None, memory_config: MemoryConfig | None) -> Spec:
+def _sdpa_plan(
+    q: Spec, k: Spec, v: Spec, config: SDPAProgramConfig | None, memory_config: MemoryConfig | None
+) -> Spec:
     op = "scaled_dot_product_attention"
     need_tile(op, q=q, k=k, v=v)
     need(k.shape == v.shape, op, f"k {list(k.shape)} and v {list(v.shape)} differ")
-    need(q.shape[-1] == k.shape[-1] and q.shape[0] == k.shape[0], op, f"q {list(q.shape)} and k {list(k.shape)} do not match")
-    need(q.shape[1] % k.shape[1] == 0, op, f"{q.shape[1]} q heads over {k.shape[1]} kv heads; a whole number each is needed")
-    need(q.shape[2] == k.shape[2], op, f"causal attention of {q.shape[2]} queries over {k.shape[2]} keys; equal lengths are needed")
+    need(
+        q.shape[-1] == k.shape[-1] and q.shape[0] == k.shape[0],
+        op,
+        f"q {list(q.shape)} and k {list(k.shape)} do not match",
+    )
+    need(
+        q.shape[1] % k.shape[1] == 0,
+        op,
+        f"{q.shape[1]} q heads over {k.shape[1]} kv heads; a whole number each is needed",
+    )
+    need(
+        q.shape[2] == k.shape[2],
+        op,
+        f"causal attention of {q.shape[2]} queries over {k.shape[2]} keys; equal lengths are needed",
+    )
     if config is not None:
-        need(max(config.q_chunk_size, config.k_chunk_size) < 512, op, "chunks of 512 overflow L1; use 256 or less")
+        need(
+            max(config.q_chunk_size, config.k_chunk_size) < 512,
+            op,
+            "chunks of 512 overflow L1; use 256 or less",
+        )
     return make_spec(q.shape, q.dtype, Layout.TILE, placed(memory_config))
 
 
@@ -219,7 +276,9 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """Return causal attention of q [1, heads, S, D] over k, v [1, kv_heads, S, D]."""
     need(is_causal, "scaled_dot_product_attention", "only is_causal=True is emulated")
-    spec = _sdpa_plan(input_tensor_q.spec, input_tensor_k.spec, input_tensor_v.spec, program_config, memory_config)
+    spec = _sdpa_plan(
+        input_tensor_q.spec, input_tensor_k.spec, input_tensor_v.spec, program_config, memory_config
+    )
     group = input_tensor_q.shape[1] // input_tensor_k.shape[1]
 
     def compute(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -229,20 +288,32 @@ def scaled_dot_product_attention(
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         return round_on_device(out, spec.dtype)[:, None]
 
-    return launch("scaled_dot_product_attention", spec, compute, input_tensor_q, input_tensor_k, input_tensor_v)
+    return launch(
+        "scaled_dot_product_attention", spec, compute, input_tensor_q, input_tensor_k, input_tensor_v
+    )
 
 
 @lru_cache(maxsize=1024)
-def _sdpa_decode_plan(q: Spec, k: Spec, v: Spec, pages: Spec, pos: Spec, memory_config: MemoryConfig | None) -> Spec:
+def _sdpa_decode_plan(
+    q: Spec, k: Spec, v: Spec, pages: Spec, pos: Spec, memory_config: MemoryConfig | None
+) -> Spec:
     op = "paged_scaled_dot_product_attention_decode"
     need_tile(op, q=q, k=k, v=v)
     need_dtype(op, "q", q, BF16)
     need_dtype(op, "page table", pages, DataType.INT32)
     need_dtype(op, "cur_pos", pos, DataType.INT32)
     need(k.shape == v.shape, op, f"k pool {list(k.shape)} and v pool {list(v.shape)} differ")
-    need(q.shape[0] == 1 and q.shape[1] == pages.shape[0], op, f"q {list(q.shape)} for a page table of {pages.shape[0]} users")
+    need(
+        q.shape[0] == 1 and q.shape[1] == pages.shape[0],
+        op,
+        f"q {list(q.shape)} for a page table of {pages.shape[0]} users",
+    )
     need(pos.shape == (q.shape[1],), op, f"cur_pos {list(pos.shape)}; it must be [{q.shape[1]}]")
-    need(q.shape[2] % k.shape[1] == 0 and q.shape[3] == k.shape[3], op, f"q {list(q.shape)} over pool {list(k.shape)}")
+    need(
+        q.shape[2] % k.shape[1] == 0 and q.shape[3] == k.shape[3],
+        op,
+        f"q {list(q.shape)} over pool {list(k.shape)}",
+    )
     place = placed(memory_config)
     need(not place.is_sharded(), op, f"output {place!r}; it must be interleaved")
     return make_spec(q.shape, BF16, Layout.TILE, place)
@@ -270,10 +341,14 @@ def paged_scaled_dot_product_attention_decode(
         chips, _, users, heads, dim = qd.shape
         kv_heads = k.shape[1]
         keys, values = as_pool(k._storage), as_pool(v._storage)
-        qd = qd.expand(keys.shape[0], *qd.shape[1:]).reshape(keys.shape[0], users, kv_heads, heads // kv_heads, dim)
+        qd = qd.expand(keys.shape[0], *qd.shape[1:]).reshape(
+            keys.shape[0], users, kv_heads, heads // kv_heads, dim
+        )
         qd = qd.transpose(1, 2) * factor  # [chips, kv_heads, users, group, dim]
         if place.spread:
-            out = torch.cat([_attend(qd[:, :, u : u + 1], keys, values, place.user(u)) for u in range(users)], dim=2)
+            out = torch.cat(
+                [_attend(qd[:, :, u : u + 1], keys, values, place.user(u)) for u in range(users)], dim=2
+            )
         else:
             out = _attend(qd, keys, values, place)
         out = out.transpose(1, 2).reshape(keys.shape[0], 1, users, heads, dim)

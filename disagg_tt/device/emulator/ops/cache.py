@@ -49,7 +49,9 @@ class Addresses:
             first, step = self.regular
             s = pool.stride()
             shape = (chips, heads, users, self.length, dim)
-            return pool.as_strided(shape, (s[0], s[1], step * s[2], s[3], s[4]), pool.storage_offset() + first * s[2])
+            return pool.as_strided(
+                shape, (s[0], s[1], step * s[2], s[3], s[4]), pool.storage_offset() + first * s[2]
+            )
         picked = pool[:, :, self.blocks.reshape(-1)]
         return picked.view(chips, heads, users, self.length, dim)
 
@@ -82,7 +84,11 @@ def _locate(pages: torch.Tensor, positions: list[int]) -> Addresses:
         steps = (first[1:] - first[:-1]).reshape(-1).tolist()
         if not steps or (steps[0] >= 0 and all(s == steps[0] for s in steps)):
             regular = (int(first[0, 0]), int(steps[0]) if steps else 0)
-    spread = len(positions) > 1 and longest >= 64 and _SPREAD * sum(max(p, 0) for p in positions) < longest * len(positions)
+    spread = (
+        len(positions) > 1
+        and longest >= 64
+        and _SPREAD * sum(max(p, 0) for p in positions) < longest * len(positions)
+    )
     return Addresses(length, blocks, regular, writes, mask, spread, positions, {})
 
 
@@ -98,7 +104,9 @@ def addresses(positions: Tensor, page_table: Tensor, blocks: int) -> Addresses:
         pages = table.data.reshape(table.data.shape[0], *page_table.shape)[0]
         limit = pages.shape[1] * 32
         if max(where) >= limit:
-            raise DeviceError(f"position {max(where)} is past the page table's {limit} tokens a user; end the request earlier")
+            raise DeviceError(
+                f"position {max(where)} is past the page table's {limit} tokens a user; end the request earlier"
+            )
         known = _locate(pages, where)
         used = known.blocks
         if int(used.min()) < 0 or int(used.max()) >= blocks:
@@ -122,16 +130,26 @@ def as_pool(storage: Storage) -> torch.Tensor:
 def _fill_check(cache: Spec, values: Spec, pages: Spec) -> None:
     op = "paged_fill_cache"
     need_tile(op, cache=cache, input=values)
-    need(cache.dtype is values.dtype, op, f"input is {values.dtype.value}, the cache {cache.dtype.value}; typecast to the cache's dtype")
+    need(
+        cache.dtype is values.dtype,
+        op,
+        f"input is {values.dtype.value}, the cache {cache.dtype.value}; typecast to the cache's dtype",
+    )
     need_dtype(op, "page table", pages, DataType.INT32)
     need(pages.layout is Layout.ROW_MAJOR, op, "the page table must be ROW_MAJOR")
     same = values.shape[0] == 1 and values.shape[1] == cache.shape[1] and values.shape[3] == cache.shape[3]
     need(same, op, f"input {list(values.shape)} for a cache {list(cache.shape)}")
     room = pages.shape[1] * cache.shape[2]
-    need(values.padded_shape[2] <= room, op, f"{values.padded_shape[2]} tokens for a page table of {room} tokens a user")
+    need(
+        values.padded_shape[2] <= room,
+        op,
+        f"{values.padded_shape[2]} tokens for a page table of {room} tokens a user",
+    )
 
 
-def paged_fill_cache(cache_tensor: Tensor, input_tensor: Tensor, page_table_tensor: Tensor, *, batch_idx: int) -> Tensor:
+def paged_fill_cache(
+    cache_tensor: Tensor, input_tensor: Tensor, page_table_tensor: Tensor, *, batch_idx: int
+) -> Tensor:
     """Write input [1, kv_heads, S, D] from token 0 of user `batch_idx`, padding rows included, in place."""
     _fill_check(cache_tensor.spec, input_tensor.spec, page_table_tensor.spec)
     need(0 <= batch_idx < page_table_tensor.shape[0], "paged_fill_cache",
@@ -143,7 +161,9 @@ def paged_fill_cache(cache_tensor: Tensor, input_tensor: Tensor, page_table_tens
         tokens = values.shape[3]
         blocks = table.reshape(-1, table.shape[-1])[batch_idx, : -(-tokens // 32)]
         if int(blocks.min()) < 0 or int(blocks.max()) >= pool.shape[2]:
-            raise DeviceError(f"paged_fill_cache: page {int(blocks.max())} is outside the pool's {pool.shape[2]} blocks")
+            raise DeviceError(
+                f"paged_fill_cache: page {int(blocks.max())} is outside the pool's {pool.shape[2]} blocks"
+            )
         if tokens % 32:
             values = torch.nn.functional.pad(values, (0, 0, 0, 32 - tokens % 32))
         pool[:, :, blocks] = values.reshape(values.shape[0], values.shape[2], -1, 32, values.shape[4])
@@ -163,11 +183,21 @@ def _update_check(cache: Spec, values: Spec, positions: Spec, pages: Spec) -> No
     need(positions.shape == (users,), op, f"update_idxs {list(positions.shape)}; it must be [{users}]")
     need_dtype(op, "page table", pages, DataType.INT32)
     need(pages.shape[0] == users, op, f"page table for {pages.shape[0]} users, input for {users}")
-    need(pages.shape[1] <= cache.shape[0], op, f"page table of {pages.shape[1]} blocks a user for a pool of {cache.shape[0]}")
-    need(values.shape[2:] == (cache.shape[1], cache.shape[3]), op, f"input {list(values.shape)} for a cache {list(cache.shape)}")
+    need(
+        pages.shape[1] <= cache.shape[0],
+        op,
+        f"page table of {pages.shape[1]} blocks a user for a pool of {cache.shape[0]}",
+    )
+    need(
+        values.shape[2:] == (cache.shape[1], cache.shape[3]),
+        op,
+        f"input {list(values.shape)} for a cache {list(cache.shape)}",
+    )
 
 
-def paged_update_cache(cache_tensor: Tensor, input_tensor: Tensor, *, update_idxs_tensor: Tensor, page_table: Tensor) -> Tensor:
+def paged_update_cache(
+    cache_tensor: Tensor, input_tensor: Tensor, *, update_idxs_tensor: Tensor, page_table: Tensor
+) -> Tensor:
     """Write each user's one token [1, users, kv_heads, D] at its position (-1 skips), repacked to the cache's dtype."""
     _update_check(cache_tensor.spec, input_tensor.spec, update_idxs_tensor.spec, page_table.spec)
     storage, dtype = cache_tensor._storage, cache_tensor.dtype

@@ -29,12 +29,18 @@ _ACTIVATIONS: dict[UnaryOpType, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @lru_cache(maxsize=4096)
-def _binary_plan(op: str, a: Spec, b: Spec, dtype: DataType | None, memory_config: MemoryConfig | None) -> Spec:
+def _binary_plan(
+    op: str, a: Spec, b: Spec, dtype: DataType | None, memory_config: MemoryConfig | None
+) -> Spec:
     need_tile(op, first=a, second=b)
     need(a.dtype.is_float and b.dtype.is_float, op, f"{a.dtype.value} and {b.dtype.value}: floats are needed")
     # Rows broadcast silently on the device: a [1, 1, 1, W] input is spread over 32 rows. No program of ours means that.
-    need(a.shape == b.shape, op, f"shapes {list(a.shape)} and {list(b.shape)} differ; equal shapes are needed")
-    return make_spec(a.shape, dtype or a.dtype, Layout.TILE, placed(memory_config, a.memory_config), a.padded_shape)
+    need(
+        a.shape == b.shape, op, f"shapes {list(a.shape)} and {list(b.shape)} differ; equal shapes are needed"
+    )
+    return make_spec(
+        a.shape, dtype or a.dtype, Layout.TILE, placed(memory_config, a.memory_config), a.padded_shape
+    )
 
 
 def _same_rows(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,14 +86,23 @@ def mul(
 
 @lru_cache(maxsize=4096)
 def _typecast_plan(a: Spec, dtype: DataType, memory_config: MemoryConfig | None) -> Spec:
-    need(a.dtype.is_float and dtype.is_float, "typecast", f"{a.dtype.value} to {dtype.value}: only floats are supported")
+    need(
+        a.dtype.is_float and dtype.is_float,
+        "typecast",
+        f"{a.dtype.value} to {dtype.value}: only floats are supported",
+    )
     return make_spec(a.shape, dtype, a.layout, placed(memory_config, a.memory_config), a.padded_shape)
 
 
 def typecast(input_tensor: Tensor, dtype: DataType, *, memory_config: MemoryConfig | None = None) -> Tensor:
     """Return the tensor in another float dtype, rounded as the device packs it."""
     spec = _typecast_plan(input_tensor.spec, dtype, memory_config)
-    return launch("typecast", spec, lambda a: round_on_device(a.clone() if dtype is DataType.BFLOAT16 else a, dtype), input_tensor)
+    return launch(
+        "typecast",
+        spec,
+        lambda a: round_on_device(a.clone() if dtype is DataType.BFLOAT16 else a, dtype),
+        input_tensor,
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -131,7 +146,11 @@ def rms_norm(
 @lru_cache(maxsize=4096)
 def _argmax_plan(a: Spec, dim: int, keepdim: bool) -> Spec:
     need_dtype("argmax", "input", a, DataType.BFLOAT16, DataType.FLOAT32)
-    need(dim in (-1, len(a.shape) - 1), "argmax", f"dim {dim}; only the last axis of {list(a.shape)} is supported")
+    need(
+        dim in (-1, len(a.shape) - 1),
+        "argmax",
+        f"dim {dim}; only the last axis of {list(a.shape)} is supported",
+    )
     shape = (*a.shape[:-1], 1) if keepdim else a.shape[:-1]
     return make_spec(shape, DataType.UINT32, Layout.ROW_MAJOR)
 
@@ -145,7 +164,9 @@ def argmax(input_tensor: Tensor, dim: int, keepdim: bool = False) -> Tensor:
 def plus_one(input_tensor: Tensor, *, skip_negative_entries: bool = False) -> Tensor:
     """Add one to every entry in place, but not to negative ones when they are to be skipped."""
     need_dtype("plus_one", "input", input_tensor.spec, DataType.INT32, DataType.UINT32)
-    need(input_tensor.layout is Layout.ROW_MAJOR, "plus_one", f"input {input_tensor.spec!r} must be ROW_MAJOR")
+    need(
+        input_tensor.layout is Layout.ROW_MAJOR, "plus_one", f"input {input_tensor.spec!r} must be ROW_MAJOR"
+    )
 
     def compute(a: torch.Tensor) -> None:
         # Not add_: the values may still be shared with the host tensor that they were written from.

@@ -29,8 +29,14 @@ def _embedding_plan(ids: Spec, table: Spec, layout: Layout, memory_config: Memor
     need_dtype(op, "table", table, DataType.BFLOAT16)
     need(table.layout is Layout.ROW_MAJOR, op, f"table {table!r} must be in ROW_MAJOR layout")
     need(ids.layout is Layout.ROW_MAJOR, op, f"ids {ids!r} must be in ROW_MAJOR layout")
-    need(math.prod(ids.shape[1:-1]) == 1, op, f"ids {list(ids.shape)} must be [batch, 1, 1, length] or [batch, length]")
-    return make_spec((ids.shape[0], ids.shape[-1], table.shape[-1]), table.dtype, layout, placed(memory_config))
+    need(
+        math.prod(ids.shape[1:-1]) == 1,
+        op,
+        f"ids {list(ids.shape)} must be [batch, 1, 1, length] or [batch, length]",
+    )
+    return make_spec(
+        (ids.shape[0], ids.shape[-1], table.shape[-1]), table.dtype, layout, placed(memory_config)
+    )
 
 
 def embedding(ids: Tensor, table: Tensor, *, layout: Layout = Layout.ROW_MAJOR,
@@ -60,7 +66,11 @@ def embedding(ids: Tensor, table: Tensor, *, layout: Layout = Layout.ROW_MAJOR,
 def _reshape_plan(a: Spec, shape: tuple[int, ...], padded: tuple[int, ...] | None) -> Spec:
     op = "reshape"
     if padded is None:
-        need(math.prod(shape) == math.prod(a.shape), op, f"{list(a.shape)} to {list(shape)}: the element counts differ")
+        need(
+            math.prod(shape) == math.prod(a.shape),
+            op,
+            f"{list(a.shape)} to {list(shape)}: the element counts differ",
+        )
     else:
         need(
             math.prod(padded) == math.prod(a.padded_shape) and a.shape[-1] == shape[-1],
@@ -74,7 +84,9 @@ def _reshape_plan(a: Spec, shape: tuple[int, ...], padded: tuple[int, ...] | Non
 
 def reshape(input_tensor: Tensor, shape: Sequence[int], padded_shape: Sequence[int] | None = None) -> Tensor:
     """Return the same values in another shape. With `padded_shape`, rows move between the logical part and padding."""
-    spec = _reshape_plan(input_tensor.spec, tuple(shape), None if padded_shape is None else tuple(padded_shape))
+    spec = _reshape_plan(
+        input_tensor.spec, tuple(shape), None if padded_shape is None else tuple(padded_shape)
+    )
     before = input_tensor.spec
 
     def compute(a: torch.Tensor) -> torch.Tensor:
@@ -104,19 +116,29 @@ def _transpose_plan(a: Spec, dim1: int, dim2: int, memory_config: MemoryConfig |
     return make_spec(shape, a.dtype, a.layout, placed(memory_config, a.memory_config))
 
 
-def transpose(input_tensor: Tensor, dim1: int, dim2: int, *, memory_config: MemoryConfig | None = None) -> Tensor:
+def transpose(
+    input_tensor: Tensor, dim1: int, dim2: int, *, memory_config: MemoryConfig | None = None
+) -> Tensor:
     """Return the tensor with two axes swapped."""
     rank = len(input_tensor.shape)
     first, second = dim1 % rank, dim2 % rank
     spec = _transpose_plan(input_tensor.spec, first, second, memory_config)
     source = input_tensor.spec
-    return launch("transpose", spec, lambda a: whole(a, source).transpose(first + 1, second + 1), input_tensor)
+    return launch(
+        "transpose", spec, lambda a: whole(a, source).transpose(first + 1, second + 1), input_tensor
+    )
 
 
 @lru_cache(maxsize=4096)
-def _slice_plan(a: Spec, start: tuple[int, ...], end: tuple[int, ...], memory_config: MemoryConfig | None) -> Spec:
+def _slice_plan(
+    a: Spec, start: tuple[int, ...], end: tuple[int, ...], memory_config: MemoryConfig | None
+) -> Spec:
     op = "slice"
-    need(len(start) == len(end) == len(a.shape), op, f"start {start} and end {end} must have {len(a.shape)} numbers")
+    need(
+        len(start) == len(end) == len(a.shape),
+        op,
+        f"start {start} and end {end} must have {len(a.shape)} numbers",
+    )
     for axis, (low, high, size) in enumerate(zip(start, end, a.shape, strict=True)):
         need(0 <= low < high <= size, op, f"[{low}:{high}] on axis {axis} of size {size}")
     if a.layout is Layout.TILE and a.dtype.is_block_float:
@@ -171,9 +193,17 @@ def _move_plan(op: str, a: Spec, memory_config: MemoryConfig) -> Spec:
         rows = math.prod(a.padded_shape[:-1])
         height, width = shard.shape
         shards = -(-rows // height) * -(-a.padded_shape[-1] // width)
-        need(shards <= shard.grid.num_cores(), op, f"{shards} shards of {height}x{width} for {shard.grid.num_cores()} cores")
+        need(
+            shards <= shard.grid.num_cores(),
+            op,
+            f"{shards} shards of {height}x{width} for {shard.grid.num_cores()} cores",
+        )
         if a.layout is Layout.TILE:
-            need(height % TILE_SIZE == 0 and width % TILE_SIZE == 0, op, f"shard {height}x{width} must be whole tiles")
+            need(
+                height % TILE_SIZE == 0 and width % TILE_SIZE == 0,
+                op,
+                f"shard {height}x{width} must be whole tiles",
+            )
     return make_spec(a.shape, a.dtype, a.layout, memory_config, a.padded_shape)
 
 

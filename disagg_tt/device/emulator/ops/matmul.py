@@ -10,13 +10,23 @@ import torch
 from disagg_tt.device.emulator.numeric import round_on_device
 from disagg_tt.device.emulator.ops.plan import need, need_tile, placed
 from disagg_tt.device.emulator.tensor import Tensor, launch
-from disagg_tt.device.emulator.types import DataType, MemoryConfig, Spec, WormholeComputeKernelConfig, make_spec
+from disagg_tt.device.emulator.types import (
+    DataType,
+    MemoryConfig,
+    Spec,
+    WormholeComputeKernelConfig,
+    make_spec,
+)
 
 
 @lru_cache(maxsize=4096)
 def _plan(op: str, a: Spec, b: Spec, dtype: DataType | None, memory_config: MemoryConfig | None) -> Spec:
     need_tile(op, input=a, weight=b)
-    need(a.dtype.is_float and b.dtype.is_float, op, f"inputs are {a.dtype.value} and {b.dtype.value}; floats are needed")
+    need(
+        a.dtype.is_float and b.dtype.is_float,
+        op,
+        f"inputs are {a.dtype.value} and {b.dtype.value}; floats are needed",
+    )
     need(len(b.shape) >= 2, op, f"weight {list(b.shape)} must have at least two axes")
     need(a.shape[-1] == b.shape[-2], op, f"inner sizes differ: {list(a.shape)} times {list(b.shape)}")
     need(all(d == 1 for d in b.shape[:-2]), op, f"weight {list(b.shape)} must have leading axes of 1")

@@ -17,7 +17,11 @@ def need(condition: bool, op: str, message: str) -> None:
 def need_tile(op: str, **specs: Spec) -> None:
     """Each named input must be in TILE layout."""
     for name, spec in specs.items():
-        need(spec.layout is Layout.TILE, op, f"{name} {spec!r} must be in TILE layout; convert it with to_layout")
+        need(
+            spec.layout is Layout.TILE,
+            op,
+            f"{name} {spec!r} must be in TILE layout; convert it with to_layout",
+        )
 
 
 def need_dtype(op: str, name: str, spec: Spec, *allowed: DataType) -> None:
