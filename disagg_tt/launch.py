@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 # One host: shared memory between ranks, no search for network cards (0.13 s instead of 1.15 s to start and end); copies
-# through it only, since containers may forbid reading another process; and ranks that wait give way to the other.
+# through it only, since containers may forbid reading another process; and ranks that wait give way.
 MPI_SETTINGS = {"pml": "ob1", "btl": "self,sm", "smsc": "^cma,knem,xpmem", "mpi_yield_when_idle": "1"}
 _OF_THE_RANK_ALONE = (
     "TT_VISIBLE_DEVICES",
@@ -165,8 +165,7 @@ class _Job:
         poller = zmq.Poller()
         poller.register(self.socket, zmq.POLLIN)
         poller.register(self.pipe, zmq.POLLIN)
-        failed_at = None
-        reason = ""
+        failed_at, reason = None, ""
         while not reason:
             ready = dict(poller.poll(_POLL_MS))
             self._take_events()

@@ -20,6 +20,7 @@ from typing import Any
 
 from loguru import logger
 
+from disagg_tt.device import calls
 from disagg_tt.errors import InputError
 
 
@@ -79,6 +80,7 @@ def __getattr__(name: str) -> Any:
     else:
         logger.disable("ttnn")  # its banner; the level of the rest is TT_LOGGER_LEVEL's
         module = import_module("ttnn")
+    calls.log_process(module, os.environ)
     globals()["ttnn"] = module
     return module
 

@@ -100,15 +100,15 @@ class MeshSocketSender(KVSender):
         else:
             computed = ttnn.record_event(self._mesh, 0)
             ttnn.wait_for_event(SEND_QUEUE, computed)
-            with ttnn.command_queue(SEND_QUEUE):
-                self._enqueue(layer, k, v)
-            self._kept.append(
-                (layer, k, v)
-            )  # their memory may be reused only when the other queue has sent them
+            self._enqueue(layer, k, v, SEND_QUEUE)
+            # their memory may be reused only when the other queue has sent them
+            self._kept.append((layer, k, v))
 
-    def _enqueue(self, layer: int, k: Any, v: Any) -> None:
-        for tensor in (k, v):
-            self._send_tensor(tensor)
+    def _enqueue(self, layer: int, k: Any, v: Any, queue: int = 0) -> None:
+        with ttnn.command_queue(queue):
+            for tensor in (k, v):
+                self._send_tensor(tensor)
+        # Outside the block: within one process the decode side acts on this at once, on queues of its own.
         self._control.send("layer", request=self.stream.request, layer=layer, at=time.monotonic())
 
     def _send_tensor(self, tensor: Any) -> None:

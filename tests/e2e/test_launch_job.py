@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from disagg_tt.errors import RankBindingError
 from disagg_tt.launch import RankBinding, default_binding, run_job
 from disagg_tt.report import MAX_EVENT_BYTES
 
-BOUND = 60.0  # seconds: far above what is measured (under 1), below a hang
+BOUND = 60.0  # seconds: far above what is measured (under 1)
 
 RANK = """
 import os, signal, sys
@@ -226,6 +227,7 @@ def test_limits(binding):
 
 def test_what_is_no_event_does_not_reach_the_handler(binding):
     body = f"""
+import zmq
 push = zmq.Context.instance().socket(zmq.PUSH)
 push.connect(os.environ["DISAGG_TT_EVENTS"])
 for message in (b"no json", b"[]", b'{{"event": "x", "rank": 0, "text": "' + b"a" * {MAX_EVENT_BYTES} + b'"}}'):
@@ -243,26 +245,28 @@ end(0)
 
 
 LAUNCHER = """
-import sys
+import signal, sys
 from disagg_tt.launch import RankBinding, default_binding, run_job
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 def show(event):
     if event["event"] == "ready":
-        print(event["pid"], flush=True)
+        print(event["pid"], event["folder"], flush=True)
 run_job([], RankBinding.load(default_binding(), {}), "emulator", on_event=show, program=[sys.executable, "-c", sys.argv[1]])
+"""
+READY = """
+report.emit({"event": "ready", "pid": os.getpid(), "folder": os.environ["OMPI_MCA_btl_sm_backing_directory"]})
+wait()
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
 def test_a_signal_to_the_launcher_leaves_no_process(number):
-    body = RANK + 'report.emit({"event": "ready", "pid": os.getpid()})\nwait()\n'
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, body], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    with launcher:
+    command = [sys.executable, "-c", LAUNCHER, RANK + READY]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
         try:
             assert launcher.stdout is not None
-            pids = [int(launcher.stdout.readline()) for _ in range(2)]
-            handles = [os.pidfd_open(pid) for pid in pids]
+            lines = [launcher.stdout.readline().split() for _ in range(2)]
+            handles = [os.pidfd_open(int(pid)) for pid, _ in lines]
             launcher.send_signal(number)
             code = launcher.wait(BOUND)
         finally:
@@ -271,6 +275,8 @@ def test_a_signal_to_the_launcher_leaves_no_process(number):
     for handle in handles:
         assert select.select([handle], [], [], BOUND)[0], "a rank outlives the launcher"
         os.close(handle)
+    if number == signal.SIGKILL:  # nobody was left to remove it
+        shutil.rmtree(lines[0][1])
 
 
 def test_a_binding_of_three_ranks_starts_nothing(binding):

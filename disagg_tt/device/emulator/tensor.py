@@ -1,93 +1,110 @@
-"""Tensors: one torch tensor whose first axis is the chip, and the moves between host and device.
+"""Tensors, and how ops are run on them.
 
-`Storage.data` is [chips, *shape], or [1, *shape] when every chip holds the same values, so that replicated work is done
+`Values.data` is [chips, *shape], or [1, *shape] when every chip holds the same values, so that replicated work is done
 once. It holds only values that the dtype can hold. Two parts of a device tensor may be undefined:
 
-    - all of it, after allocate_tensor_on_device: reads give NaN (or -1) until something is written;
+    - all of it (`data` is None), after allocate_tensor_on_device. What is computed from it is undefined too, and is not
+      computed; so a program on allocated weights costs almost nothing. Read, it is NaN (-1 in integers).
     - the end of it: ops that leave rows undefined on hardware (nlp_concat_heads_decode's rows past the batch) store
-      only the defined prefix of the flattened values. What is computed from undefined rows is undefined too, and is
-      not computed.
+      only the defined prefix of the flattened values, and what is computed from the rest is not computed.
+
+A tensor's memory is a Buffer, which views of the tensor share. Work that waits in a queue keeps the Values but not the
+Buffer: memory is free as soon as the program drops the tensor, as on hardware.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from disagg_tt.device.emulator.mesh import MeshDevice
-from disagg_tt.device.emulator.numeric import round_on_host
 from disagg_tt.device.emulator.queue import CommandQueue
-from disagg_tt.device.emulator.types import (
-    DataType,
-    Layout,
-    MemoryConfig,
-    Spec,
-    TensorSpec,
-    make_spec,
-)
+from disagg_tt.device.emulator.spec import Spec
+from disagg_tt.device.emulator.types import Layout, MemoryConfig
 from disagg_tt.errors import DeviceError
 
-_HOST_DTYPE = {
-    DataType.BFLOAT16: torch.bfloat16,
-    DataType.UINT32: torch.uint32,
-    DataType.INT32: torch.int32,
-    DataType.UINT16: torch.uint16,
-    DataType.UINT8: torch.uint8,
-}
 
-
-class Storage:
-    """Values and memory of one allocation, shared by the tensors that view it.
+class Values:
+    """What a tensor holds, once the work that computes it has run.
 
     Attributes:
-        writer, written: the queue that wrote the values last, and the sequence number of that work.
-        readers: (queue, sequence number) of sends that may still be reading.
-        memo: what other modules derived from the values; dropped when they change.
+        data: see the module; None while undefined.
+        private: no other Values share the memory of `data`, so that it may be written in place.
+        writer, written: the queue that wrote last, and the sequence number of that work.
+        memo: what other modules derived from `data`; dropped when it changes.
     """
 
-    __slots__ = ("data", "freed", "kind", "memo", "mesh", "per_bank", "readers", "writer", "written")
+    __slots__ = ("data", "memo", "private", "writer", "written")
 
-    def __init__(self, mesh: MeshDevice | None, spec: Spec, data: torch.Tensor | None = None):
-        self.data: Any = data
-        self.mesh, self.freed = mesh, False
-        self.writer: CommandQueue | None = None
-        self.written = 0
-        self.readers: list[tuple[CommandQueue, int]] | None = None
+    def __init__(self, data: torch.Tensor | None = None, writer: CommandQueue | None = None):
+        self.data = data
+        self.private = False
+        self.writer = writer
+        self.written = 0 if writer is None else writer.enqueued
         self.memo: dict[Any, Any] | None = None
-        self.per_bank = 0
-        if mesh is not None:
-            self.kind = spec.memory_config.buffer_type
-            per_bank = mesh._memory.per_bank(spec)
-            mesh._memory.allocate(self.kind, per_bank, spec)
-            self.per_bank = per_bank
+
+
+class Buffer:
+    """The memory of one allocation on every chip of a mesh, given back when the last tensor on it is gone.
+
+    Attributes:
+        readers: (queue, sequence number) of work on another queue than the writer's that reads it.
+        viewed: a view has been made of it.
+    """
+
+    __slots__ = ("freed", "mesh", "per_bank", "readers", "spec", "viewed")
+
+    def __init__(self, mesh: MeshDevice, spec: Spec):
+        self.mesh, self.spec = mesh, spec
+        self.freed = True  # until it is there
+        self.readers: list[tuple[CommandQueue, int]] | None = None
+        self.viewed = False
+        self.per_bank = mesh.memory.allocate(spec)
+        self.freed = False
 
     def __del__(self) -> None:
-        if self.per_bank and not self.freed:
-            self.mesh._memory.release(self.kind, self.per_bank)  # type: ignore[union-attr]
+        if not self.freed:
+            self._release()
+            error = self._still_read()
+            if error is not None:
+                self.mesh.queue(0).fail(error)
 
     def free(self) -> None:
-        """Return the memory; raises DeviceError while another queue's send still reads it."""
+        """Give the memory back now; raises DeviceError when another queue may still be reading it."""
+        if self.freed:
+            return
+        error = self._still_read()
+        if error is not None:
+            raise error
+        self._release()
+
+    def _release(self) -> None:
+        self.freed = True
+        self.mesh.memory.release(self.spec, self.per_bank)
+
+    def _still_read(self) -> DeviceError | None:
         for queue, sequence in self.readers or ():
-            if queue.completed < sequence and queue is not self.writer:
-                raise DeviceError(
-                    f"tensor freed while a send on {queue.name} is still reading it; on hardware its memory would be reused "
-                    "under the send. Keep the tensor until an event recorded after the send is reached"
+            if not queue.host_knows(sequence):
+                return DeviceError(
+                    f"tensor {self.spec!r} freed while work on {queue.name} may still be reading it; on hardware its memory "
+                    "would be reused under the reader. Keep the tensor until event_synchronize or synchronize_device "
+                    "says that the work is done"
                 )
-        if not self.freed and self.per_bank:
-            self.mesh._memory.release(self.kind, self.per_bank)  # type: ignore[union-attr]
-        self.freed, self.data = True, None
+        return None
 
 
 class Tensor:
-    """A tensor on the host (mesh is None) or on a mesh. Made by from_torch, allocate_tensor_on_device and ops."""
+    """A tensor on the host (no mesh) or on a mesh. Made by from_torch, allocate_tensor_on_device and ops."""
 
-    __slots__ = ("_mesh", "_storage", "spec")
+    __slots__ = ("_buffer", "_mesh", "_values", "spec")
 
-    def __init__(self, spec: Spec, mesh: MeshDevice | None, storage: Storage):
-        self.spec, self._mesh, self._storage = spec, mesh, storage
+    def __init__(self, spec: Spec, mesh: MeshDevice | None, values: Values, buffer: Buffer | None = None):
+        self.spec, self._mesh, self._values = spec, mesh, values
+        self._buffer = buffer if mesh is None or buffer is not None else Buffer(mesh, spec)
 
     shape = property(lambda self: self.spec.shape)
     padded_shape = property(lambda self: self.spec.padded_shape)
@@ -101,24 +118,37 @@ class Tensor:
         return self._mesh
 
     def is_allocated(self) -> bool:
-        return not self._storage.freed
+        return self._buffer is None or not self._buffer.freed
 
     def is_sharded(self) -> bool:
         return self.spec.memory_config.is_sharded()
 
     def deallocate(self, force: bool = False) -> None:
-        self._storage.free()
+        if self._buffer is not None and self._mesh is not None:
+            self._buffer.free()
+            if self._mesh.idle():  # else work that was enqueued before may still need the values
+                self._values.data = None
 
     def buffer_page_size(self) -> int:
         """Return the bytes of one page: a packed tile, or a row in ROW_MAJOR layout."""
-        return self.dtype.bytes_of(1024 if self.layout is Layout.TILE else self.padded_shape[-1])
+        return self.spec.page
 
     def buffer_num_pages(self) -> int:
         """Return the pages of one chip's shard."""
-        return self.spec.bytes // self.buffer_page_size()
+        return self.spec.bytes // self.spec.page
 
     def __repr__(self) -> str:
         return f"Tensor({self.spec!r}, {'host' if self._mesh is None else self._mesh!r})"
+
+
+class Shard(Tensor):
+    """One chip's part of a device tensor, for reading only."""
+
+    __slots__ = ("chip",)
+
+    def __init__(self, whole: Tensor, chip: int):
+        super().__init__(whole.spec, whole._mesh, whole._values, whole._buffer)
+        self.chip = chip
 
 
 # ---------------------------------------------------------------- running ops
@@ -126,242 +156,149 @@ class Tensor:
 
 def on_device(what: str, *tensors: Tensor) -> MeshDevice:
     """Check that `tensors` are alive and on one mesh, and return it; raises DeviceError."""
-    mesh = tensors[0]._mesh
+    mesh = None
     for tensor in tensors:
-        if not isinstance(tensor, Tensor):
+        if type(tensor) is not Tensor:
+            if isinstance(tensor, Shard):
+                raise DeviceError(f"{what}: {tensor!r} is one chip's shard, which can only be read; use the whole tensor")
             raise DeviceError(
                 f"{what}: a {type(tensor).__name__} where a ttnn tensor is needed; convert it with from_torch"
             )
-        if tensor._mesh is None:
+        buffer = tensor._buffer
+        if buffer is None:
             raise DeviceError(
                 f"{what}: input {tensor!r} is on the host; move it with from_torch(..., device=mesh)"
             )
-        if tensor._mesh is not mesh:
-            raise DeviceError(
-                f"{what}: inputs on different meshes, {mesh!r} and {tensor._mesh!r}; they must share one"
-            )
-        if tensor._storage.freed:
+        if buffer.freed:
             raise DeviceError(
                 f"{what}: input {tensor.spec!r} was deallocated; use it before it is freed, or keep a copy"
+            )
+        if mesh is None:
+            mesh = tensor._mesh
+        elif tensor._mesh is not mesh:
+            raise DeviceError(
+                f"{what}: inputs on different meshes, {mesh!r} and {tensor._mesh!r}; they must share one"
             )
     assert mesh is not None
     return mesh
 
 
-def _check_order(what: str, queue: CommandQueue, storage: Storage) -> None:
-    """Raise when `storage` was written on another queue, and `queue` has not waited for that."""
-    writer = storage.writer
-    if writer is None or writer is queue or queue.seen.get(writer, 0) >= storage.written:
+def reads(what: str, queue: CommandQueue, tensor: Tensor) -> None:
+    """Note that the next work of `queue` reads `tensor`; raises DeviceError unless it knows that it was written."""
+    values = tensor._values
+    writer = values.writer
+    if writer is queue or writer is None:
         return
-    raise DeviceError(
-        f"{what} on {queue.name} uses a tensor that {writer.name} writes, without waiting for it; on hardware it may read old "
-        "data. Record an event after the write and pass it to wait_for_event, or use one queue"
-    )
+    if not queue.knows(writer, values.written):
+        raise DeviceError(
+            f"{what} on {queue.name} uses a tensor that {writer.name} writes, without waiting for it; on hardware it may "
+            "read old data. Record an event after the write and pass it to wait_for_event, or use one queue"
+        )
+    buffer = tensor._buffer
+    assert buffer is not None
+    buffer.readers = [r for r in buffer.readers or () if not r[0].host_knows(r[1])] + [(queue, queue.enqueued + 1)]
+
+
+def writes(what: str, queue: CommandQueue, tensor: Tensor) -> None:
+    """Note that the next work of `queue` writes `tensor`; raises DeviceError while another queue may be reading it."""
+    buffer = tensor._buffer
+    assert buffer is not None
+    if buffer.viewed and sys.getrefcount(buffer) > 3:  # the tensor's, this function's and the call's
+        raise DeviceError(f"{what} into {tensor.spec!r}, of which a view is alive; the emulator does not write through views")
+    for reader, sequence in buffer.readers or ():
+        if reader is not queue and not queue.knows(reader, sequence) and not reader.host_knows(sequence):
+            raise DeviceError(
+                f"{what} on {queue.name} overwrites a tensor that {reader.name} may still be reading; wait for an event "
+                "recorded after the read"
+            )
+    tensor._values.writer = queue
+    tensor._values.written = queue.enqueued + 1
 
 
 def launch(what: str, spec: Spec, compute: Callable[..., torch.Tensor], *tensors: Tensor) -> Tensor:
-    """Enqueue `compute`, given the storages' data of `tensors`, and return the tensor of `spec` that it makes."""
+    """Enqueue `compute`, given the data of `tensors`, and return the tensor of `spec` that it makes."""
     mesh = on_device(what, *tensors)
+    out = Values()
+    result = Tensor(spec, mesh, out)
+    _submit(what, mesh, out, compute, tensors)
+    return result
+
+
+def view(what: str, spec: Spec, compute: Callable[[torch.Tensor], torch.Tensor], tensor: Tensor) -> Tensor:
+    """Enqueue `compute` as `launch` does, and return a tensor of `spec` in the memory of `tensor`."""
+    mesh = on_device(what, tensor)
+    out = Values()
+    assert tensor._buffer is not None
+    tensor._buffer.viewed = True
+    _submit(what, mesh, out, compute, (tensor,))
+    return Tensor(spec, mesh, out, tensor._buffer)
+
+
+def _submit(
+    what: str, mesh: MeshDevice, out: Values, compute: Callable[..., torch.Tensor], tensors: tuple[Tensor, ...]
+) -> None:
     queue = mesh.queue()
-    storages = [t._storage for t in tensors]
-    if len(mesh._queues) > 1:
-        for storage in storages:
-            _check_order(what, queue, storage)
-    out = Storage(mesh, spec)
-    out.writer = queue
+    if mesh.has_several_queues:
+        for tensor in tensors:
+            reads(what, queue, tensor)
+    sources = [t._values for t in tensors]
 
     def work() -> None:
-        out.data = compute(*[s.data for s in storages])
+        data = [s.data for s in sources]
+        for values in data:
+            if values is None:
+                return
+        out.data = compute(*data)
+        for source in sources:
+            if source.private and _shares_memory(out.data, source.data):
+                source.private = False
 
+    out.writer = queue
     out.written = queue.submit(what, work)
-    return Tensor(spec, mesh, out)
 
 
-def launch_in_place(what: str, target: Tensor, compute: Callable[..., Any], *tensors: Tensor) -> None:
-    """Enqueue `compute`, given the data of `target` and of `tensors`, which modifies the target's values."""
+def _shares_memory(a: Any, b: Any) -> bool:
+    return bool(a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr())
+
+
+def launch_in_place(
+    what: str, target: Tensor, compute: Callable[..., torch.Tensor], *tensors: Tensor, waits: bool = False
+) -> None:
+    """Enqueue `compute`, given the data of `tensors`, which returns the new data of `target`."""
     mesh = on_device(what, target, *tensors)
     queue = mesh.queue()
-    storages = [t._storage for t in (target, *tensors)]
-    if len(mesh._queues) > 1:
-        for storage in storages:
-            _check_order(what, queue, storage)
-    first = storages[0]
-    first.writer = queue
+    if mesh.has_several_queues:
+        for tensor in (target, *tensors):
+            reads(what, queue, tensor)
+    writes(what, queue, target)
+    first, sources = target._values, [(t._values, t.spec) for t in tensors]
 
     def work() -> None:
-        writable(first)
-        compute(*[s.data for s in storages])
+        first.data = compute(*[defined(values.data, spec) for values, spec in sources])
+        first.memo = None
 
-    first.written = queue.submit(what, work)
-
-
-def writable(storage: Storage) -> None:
-    """Give `storage` memory of its own where its values were only a pattern, and forget what was derived from them."""
-    if 0 in storage.data.stride():
-        storage.data = storage.data.contiguous()
-    storage.memo = None
+    queue.submit(what, work, waits)
 
 
-def whole(data: torch.Tensor, spec: Spec) -> torch.Tensor:
-    """Return `data` with its undefined end, if any, filled with NaN (integers: -1), as [chips, *shape]."""
+def defined(data: torch.Tensor | None, spec: Spec) -> torch.Tensor:
+    """Return `data`, or for an undefined tensor the pattern that stands for undefined values."""
+    if data is not None:
+        return data
+    return torch.full((1,), undefined(spec), dtype=spec.dtype.storage).expand(1, *spec.shape)
+
+
+def undefined(spec: Spec) -> float:
+    """Return what reads of undefined values give."""
+    return float("nan") if spec.dtype.is_float else -1
+
+
+def whole(data: torch.Tensor | None, spec: Spec) -> torch.Tensor:
+    """Return `data` with its undefined part, if any, filled with NaN (integers: -1), as [chips, *shape]."""
+    data = defined(data, spec)
     count = math.prod(spec.shape)
     if data.numel() == data.shape[0] * count:
         return data.reshape(data.shape[0], *spec.shape)
-    flat = torch.full((data.shape[0], count), float("nan") if spec.dtype.is_float else -1, dtype=data.dtype)
-    defined = data.reshape(data.shape[0], -1)
-    flat[:, : defined.shape[1]] = defined
+    flat = torch.full((data.shape[0], count), undefined(spec), dtype=data.dtype)
+    known = data.reshape(data.shape[0], -1)
+    flat[:, : known.shape[1]] = known
     return flat.reshape(data.shape[0], *spec.shape)
-
-
-# ---------------------------------------------------------------- host and device
-
-
-class ReplicateTensorToMesh:
-    """Give every chip of the mesh the whole tensor."""
-
-    def __init__(self, mesh_device: MeshDevice):
-        self.mesh = mesh_device
-
-    def shards(self, values: torch.Tensor) -> torch.Tensor:
-        return values[None]
-
-
-class ShardTensorToMesh:
-    """Cut the tensor along `dim` into one equal part a chip, in row order of the mesh."""
-
-    def __init__(self, mesh_device: MeshDevice, dim: int):
-        self.mesh, self.dim = mesh_device, dim
-
-    def shards(self, values: torch.Tensor) -> torch.Tensor:
-        chips = self.mesh.get_num_devices()
-        size = values.shape[self.dim]
-        if size % chips:
-            raise DeviceError(
-                f"ShardTensorToMesh: axis {self.dim} of {list(values.shape)} is {size}, not divisible by {chips} chips"
-            )
-        return torch.stack(values.chunk(chips, dim=self.dim))
-
-
-class ConcatMeshToTensor:
-    """Read all chips' shards as one tensor, joined along `dim`."""
-
-    def __init__(self, mesh_device: MeshDevice, dim: int):
-        self.mesh, self.dim = mesh_device, dim
-
-
-def from_torch(
-    tensor: torch.Tensor,
-    dtype: DataType | None = None,
-    *,
-    layout: Layout = Layout.ROW_MAJOR,
-    device: MeshDevice | None = None,
-    memory_config: MemoryConfig | None = None,
-    mesh_mapper: Any = None,
-) -> Tensor:
-    """Return `tensor` as a ttnn tensor of `dtype`, on the host or on `device`, rounded as the host converts."""
-    if dtype is None:
-        names = {v: k for k, v in _HOST_DTYPE.items()} | {
-            torch.float32: DataType.FLOAT32,
-            torch.int64: DataType.UINT32,
-        }
-        if tensor.dtype not in names:
-            raise DeviceError(
-                f"from_torch: no ttnn dtype for {tensor.dtype}; allowed: {', '.join(map(str, names))}"
-            )
-        dtype = names[tensor.dtype]
-    if mesh_mapper is None and device is not None and device.get_num_devices() > 1:
-        mesh_mapper = ReplicateTensorToMesh(device)
-    shards = mesh_mapper.shards(tensor) if mesh_mapper is not None else tensor[None]
-    spec = make_spec(shards.shape[1:], dtype, layout, memory_config)
-    values = round_on_host(shards, dtype)
-    if values.data_ptr() == tensor.data_ptr():
-        values = values.clone()
-    if device is None:
-        return Tensor(spec, None, Storage(None, spec, values))
-    out = Storage(device, spec, values.contiguous())
-    out.writer = queue = device.queue()
-    out.written = queue.enqueued
-    return Tensor(spec, device, out)
-
-
-def to_torch(tensor: Tensor, *, mesh_composer: ConcatMeshToTensor | None = None) -> torch.Tensor:
-    """Return a tensor's values once they are computed; a multi-chip tensor needs a composer or get_device_tensors."""
-    storage = tensor._storage
-    if storage.freed:
-        raise DeviceError(f"to_torch: {tensor.spec!r} was deallocated; read it before it is freed")
-    if tensor._mesh is not None:
-        queue = tensor._mesh.queue()
-        _check_order("a host read", queue, storage)
-        queue.wait()
-    values = whole(storage.data, tensor.spec)
-    chips = 1 if tensor._mesh is None else tensor._mesh.get_num_devices()
-    if mesh_composer is not None:
-        values = torch.cat(list(values.expand(chips, *values.shape[1:])), dim=mesh_composer.dim)
-    elif values.shape[0] > 1 or (tensor._mesh is not None and chips > 1):
-        raise DeviceError(
-            f"to_torch: a tensor on {chips} chips; pass mesh_composer=ConcatMeshToTensor(mesh, dim), or read one chip with get_device_tensors"
-        )
-    else:
-        values = values[0]
-    return values.to(_HOST_DTYPE.get(tensor.dtype, torch.float32)).clone()
-
-
-def get_device_tensors(tensor: Tensor) -> list[Tensor]:
-    """Return each chip's shard as a tensor of its own, for reading."""
-    mesh = on_device("get_device_tensors", tensor)
-    mesh.queue().wait()
-    _check_order("get_device_tensors", mesh.queue(), tensor._storage)
-    data = tensor._storage.data
-    shards = data.expand(mesh.get_num_devices(), *data.shape[1:])
-    return [Tensor(tensor.spec, None, Storage(None, tensor.spec, shard[None])) for shard in shards]
-
-
-def allocate_tensor_on_device(spec: Any, *args: Any) -> Tensor:
-    """allocate_tensor_on_device(TensorSpec, mesh) or (shape, dtype, layout, mesh[, memory_config]); values undefined."""
-    if isinstance(spec, TensorSpec):
-        (mesh,), made = args, spec.spec
-    else:
-        dtype, layout, mesh, *rest = args
-        made = make_spec(spec, dtype, layout, rest[0] if rest else None)
-    return _filled(made, mesh, float("nan") if made.dtype.is_float else -1)
-
-
-def zeros(shape: Any, dtype: DataType = DataType.BFLOAT16, layout: Layout = Layout.ROW_MAJOR,
-          device: MeshDevice | None = None, memory_config: MemoryConfig | None = None) -> Tensor:  # fmt: skip
-    """Return a device tensor of zeros, the same on every chip."""
-    return _filled(make_spec(shape, dtype, layout, memory_config), device, 0)
-
-
-def _filled(spec: Spec, mesh: MeshDevice | None, value: float) -> Tensor:
-    chips = 1 if mesh is None else mesh.get_num_devices()
-    data = torch.full((1,), value, dtype=spec.dtype.storage).expand(chips, *spec.shape)
-    storage = Storage(mesh, spec, data)
-    if mesh is not None:
-        storage.writer = mesh.queue()
-        storage.written = storage.writer.enqueued
-    return Tensor(spec, mesh, storage)
-
-
-def copy_host_to_device_tensor(host_tensor: Tensor, device_tensor: Tensor, cq_id: int | None = None) -> None:
-    """Overwrite `device_tensor` in place with `host_tensor`, whose spec must match but for the memory config."""
-    host, target = host_tensor.spec, device_tensor.spec
-    if host_tensor._mesh is not None:
-        raise DeviceError(
-            f"copy_host_to_device_tensor: the source {host!r} is on a device; it must be a host tensor"
-        )
-    if (host.shape, host.dtype, host.layout) != (target.shape, target.dtype, target.layout):
-        raise DeviceError(
-            f"copy_host_to_device_tensor: host {host!r} into device {target!r}; shape, dtype and layout must match"
-        )
-    values = host_tensor._storage.data
-    storage = device_tensor._storage
-
-    def write(_: torch.Tensor) -> None:
-        storage.data = values
-
-    launch_in_place("copy_host_to_device_tensor", device_tensor, write)
-
-
-def deallocate(tensor: Tensor, force: bool = True) -> None:
-    """Free a tensor's memory now."""
-    tensor.deallocate(force)

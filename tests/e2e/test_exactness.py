@@ -1,0 +1,108 @@
+"""The tokens of two ranks are those of one mesh, exactly; so are those of every other way to run the same thing.
+
+A share of what examples/verify_exactness.py compares in full.
+"""
+
+from __future__ import annotations
+
+import pytest
+from runs import ROOT, here, prompts_file, tokens_here, two_ranks
+from verify_exactness import prompts
+
+SEED = 20
+BINDINGS = ("1x1x2", "n300x2", "1x4x2", "2x2x2")
+
+
+def some_prompts(count: int = 8, longest: int = 1500, chat: bool = False) -> tuple:
+    print(f"seed {SEED}")
+    entries = prompts(count, longest, chat, SEED)
+    return tuple(entry.get("prompt") or entry["messages"] for entry in entries)
+
+
+@pytest.mark.parametrize("batch", [1, 32])
+@pytest.mark.parametrize("kv_dtype", ["bfloat8_b", "bfloat16"])
+def test_two_ranks_equal_one_mesh(kv_dtype, batch, tmp_path):
+    texts = some_prompts()
+    flags = ["--raw", "--ignore-eos", "--max-new-tokens", "32", "--kv-dtype", kv_dtype, "--batch", str(batch)]
+    result = two_ranks(*flags, "--prompts-file", prompts_file(tmp_path, texts))
+    expected = here(
+        prompts=texts, chat=False, ignore_eos=True, max_new_tokens=32, kv_dtype=kv_dtype, batch=batch, single_mesh=True
+    )
+    assert result.tokens() == [answer.tokens for answer in expected]
+    assert {len(tokens) for tokens in result.tokens()} == {32}
+    assert [a["prompt_tokens"] for a in result.answers()] == [a.prompt_tokens for a in expected]
+    assert len({tuple(tokens) for tokens in result.tokens()}) == len(texts)  # the prompts matter
+    assert result.left == []
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    """The tokens of a few prompts, chats among them, on one mesh."""
+    return tokens_here(prompts=some_prompts(6, 300, chat=True), max_new_tokens=16, ignore_eos=True, single_mesh=True)
+
+
+@pytest.mark.parametrize("overlap", ["inline", "queue", "after"])
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "fifo"])
+def test_one_process_equals_one_mesh_however_k_and_v_leave(overlap, direct, expected):
+    found = tokens_here(
+        prompts=some_prompts(6, 300, chat=True),
+        max_new_tokens=16,
+        ignore_eos=True,
+        one_process=True,
+        overlap=overlap,
+        direct=direct,
+    )
+    assert found == expected
+
+
+@pytest.mark.parametrize("flags", [["--fifo"], ["--overlap", "queue"], ["--overlap", "after"]], ids=" ".join)
+def test_two_ranks_equal_one_mesh_however_k_and_v_leave(flags, expected, tmp_path):
+    file = prompts_file(tmp_path, some_prompts(6, 300, chat=True))
+    found = two_ranks("--prompts-file", file, "--max-new-tokens", "16", "--ignore-eos", *flags)
+    assert found.tokens() == expected
+
+
+@pytest.mark.parametrize("binding", [b for b in BINDINGS if b != "n300x2"])
+def test_two_ranks_on_other_meshes_equal_one_such_mesh(binding, tmp_path):
+    texts = ["What is the capital of France?", "What is the capital of Peru?", "My name is Bob. What is my name?"]
+    flags = ["--rank-binding", str(ROOT / f"rank_bindings/{binding}_1p1d.yaml"), "--prompts-file", prompts_file(tmp_path, texts)]
+    two = two_ranks(*flags).answers()
+    one = here(prompts=tuple(texts), single_mesh=True, rank_binding=flags[1])
+    assert [a["tokens"] for a in two] == [a.tokens for a in one]
+    assert [a["text"] for a in two] == [
+        "The capital of France is Paris.",
+        "The capital of Peru is Lima.",
+        "Your name is Bob.",
+    ]
+
+
+def test_one_process_on_one_chip_each_equals_one_chip():
+    both = {"prompts": some_prompts(4, 100), "rank_binding": str(ROOT / "rank_bindings/1x1x2_1p1d.yaml"), "ignore_eos": True}
+    assert tokens_here(one_process=True, **both) == tokens_here(single_mesh=True, **both)
+
+
+def test_sampling_depends_on_the_seed_alone(tmp_path):
+    texts = some_prompts(3, 100)
+    settings = {"temperature": 1.5, "top_p": 0.9, "top_k": 50, "max_new_tokens": 24}
+    flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    file = prompts_file(tmp_path, texts)
+    runs = {seed: two_ranks("--raw", "--prompts-file", file, *flags, "--seed", str(seed)).tokens() for seed in (1, 2)}
+    for seed, tokens in runs.items():
+        assert tokens == tokens_here(prompts=texts, chat=False, seed=seed, single_mesh=True, **settings)
+        assert tokens == tokens_here(prompts=texts, chat=False, seed=seed, one_process=True, **settings)
+    assert runs[1] != runs[2]
+    assert runs[1] != tokens_here(prompts=texts, chat=False, max_new_tokens=24, single_mesh=True)
+
+
+def test_prompts_in_one_batch_are_answered_as_each_alone():
+    texts = some_prompts(8, 400, chat=True)
+    together = here(prompts=texts, one_process=True)
+    alone = [here(prompts=(text,), one_process=True)[0] for text in texts]
+    assert [a.text for a in together] == [a.text for a in alone]
+
+
+def test_more_prompts_than_slots_take_turns():
+    texts = tuple(f"What is the capital of {c}?" for c in ("France", "Peru", "Japan", "Egypt", "Norway"))
+    answers = here(prompts=texts, batch=2, one_process=True)
+    cities = ("Paris", "Lima", "Tokyo", "Cairo", "Oslo")
+    assert [a.text.rstrip(".").split()[-1] for a in answers] == list(cities)
