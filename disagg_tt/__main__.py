@@ -69,6 +69,7 @@ def add_generate_flags(to: argparse.ArgumentParser) -> None:
     to.add_argument(
         "--fifo", dest="direct", action="store_false", help="send through the socket's FIFO, not directly"
     )
+    to.add_argument("--enable-trace", action="store_true", help="replay the decode step as a ttnn trace")
     to.add_argument("--single-mesh", action="store_true", help="prefill and decode on one mesh: the baseline")
     to.add_argument("--one-process", action="store_true", help="two submeshes in one process, no MPI")
     to.add_argument("--json", action="store_true", help="one JSON line an answer")
@@ -83,7 +84,7 @@ def add_generate_flags(to: argparse.ArgumentParser) -> None:
 def add_check_flags(to: argparse.ArgumentParser) -> None:
     """Flags of `check`."""
     add_model_flags(to)
-    to.add_argument("--batch", type=int, default=32, help="decode slots")
+    to.add_argument("--batch", type=int, help="decode slots (default: as many as fit, at most 32)")
     to.add_argument("--map-only", action="store_true", help="print the memory map, run nothing")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from disagg_tt.config import LlamaConfig
 from disagg_tt.device import ttnn
-from disagg_tt.device.host import host_tensor, to_device
+from disagg_tt.device.host import host_tensor, to_device, zeros
 
 BLOCK = 32
 
@@ -24,17 +24,9 @@ class PagedCache:
         """Allocate zeroed pools of `blocks` blocks a layer and a page table for `slots` x `blocks_per_slot`."""
         self.mesh, self.slots, self.blocks_per_slot, self.dtype = mesh, slots, blocks_per_slot, dtype
         shape = [blocks, config.num_key_value_heads // mesh.get_num_devices(), BLOCK, config.head_dim]
-
-        def pool() -> Any:
-            return ttnn.zeros(
-                shape,
-                dtype=dtype,
-                layout=ttnn.TILE_LAYOUT,
-                device=mesh,
-                memory_config=ttnn.DRAM_MEMORY_CONFIG,
-            )
-
-        self.layers = tuple((pool(), pool()) for _ in range(config.num_hidden_layers))
+        self.layers = tuple(
+            (zeros(mesh, shape, dtype), zeros(mesh, shape, dtype)) for _ in range(config.num_hidden_layers)
+        )
         self._rows = torch.zeros(slots, blocks_per_slot, dtype=torch.int32)
         self.page_table = to_device(mesh, self._rows, ttnn.int32)
 

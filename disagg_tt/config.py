@@ -249,6 +249,7 @@ class Options:
     batch: int | None = None
     overlap: str = "inline"
     direct: bool = True
+    enable_trace: bool = False
     rank_binding: str | None = None
     single_mesh: bool = False
     one_process: bool = False

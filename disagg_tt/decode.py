@@ -49,10 +49,15 @@ class Token:
 class Decode:
     """Decodes up to `cache.slots` requests together."""
 
-    def __init__(self, model: Llama, cache: PagedCache, sampling: Sampling, timeline: Timeline):
+    def __init__(
+        self, model: Llama, cache: PagedCache, sampling: Sampling, timeline: Timeline, enable_trace: bool = False
+    ):
+        """With `enable_trace`, warm_up captures one step as a ttnn trace, and every step replays it."""
         self.model, self.cache, self.sampling, self.timeline = model, cache, sampling, timeline
+        self._enable_trace, self._trace = enable_trace, None
         self.slots: dict[int, Slot] = {}
         self._inputs = model.decode_inputs(cache.slots)
+        self._logits: Any = None
         self._stale = True  # slots changed since the inputs were written
 
     @property
@@ -90,8 +95,11 @@ class Decode:
                 tokens[s], positions[s] = slot.tokens[-1], slot.position
             self.model.set_decode_inputs(self._inputs, tokens, positions)
             self._stale = False
-        logits = self.model.decode_step(self._inputs, self.cache)
-        chosen = self._choose(logits, running)
+        if self._trace is None:
+            self._run_step()
+        else:
+            ttnn.execute_trace(self.model.mesh, self._trace, cq_id=0, blocking=False)
+        chosen = self._choose(running)
         taken = time.monotonic() - started
         self.timeline.add("decode step", started, started + taken, slots=len(running))
         result = []
@@ -101,14 +109,19 @@ class Decode:
             result.append(self._take(s, chosen[s]))
         return result
 
-    def _choose(self, logits: Any, running: dict[int, Slot]) -> dict[int, int]:
-        """Return each running slot's next token; greedy ones stay on the device as the next step's input."""
+    def _run_step(self) -> None:
+        """Enqueue one step; a greedy one ends with its tokens in the inputs of the next."""
+        self._logits = self.model.decode_step(self._inputs, self.cache)
         if self.sampling.greedy:
-            ids = self.model.greedy(logits)
-            self._inputs.tokens = ids
-            row = read(ids, lambda: self._scripted(running))[0].tolist()
+            ttnn.copy(self.model.greedy(self._logits), self._inputs.tokens)
+
+    def _choose(self, running: dict[int, Slot]) -> dict[int, int]:
+        """Return each running slot's next token."""
+        if self.sampling.greedy:
+            row = read(self._inputs.tokens, lambda: self._scripted(running))[0].tolist()
             return {s: int(row[s]) for s in running}
-        values = read(logits, lambda: torch.zeros(1, 1, ROWS, self.model.config.vocab_size))[0, 0].float()
+        vocab = self.model.config.vocab_size
+        values = read(self._logits, lambda: torch.zeros(1, 1, ROWS, vocab))[0, 0].float()
         return {s: sample(values[s], self.sampling, slot.position + 1) for s, slot in running.items()}
 
     def _scripted(self, running: dict[int, Slot]) -> torch.Tensor:
@@ -135,9 +148,19 @@ class Decode:
         return Token(slot.request, token, text, reason)
 
     def warm_up(self) -> None:
-        """Compile a step with every slot in use; its writes land in pages that no request has yet."""
-        slots = self.cache.slots
+        """Compile a step with every slot in use, and capture it if asked; it writes to pages that no request has yet."""
+        mesh, slots = self.model.mesh, self.cache.slots
         self.model.set_decode_inputs(self._inputs, [0] * slots, [0] * slots)
-        self.model.greedy(self.model.decode_step(self._inputs, self.cache))
-        ttnn.synchronize_device(self.model.mesh)
+        self._run_step()
+        ttnn.synchronize_device(mesh)
+        if self._enable_trace:
+            self._trace = ttnn.begin_trace_capture(mesh, cq_id=0)
+            self._run_step()
+            ttnn.end_trace_capture(mesh, self._trace, cq_id=0)
         self._stale = True
+
+    def close(self) -> None:
+        """Release the trace."""
+        if self._trace is not None:
+            ttnn.release_trace(self.model.mesh, self._trace)
+            self._trace = None

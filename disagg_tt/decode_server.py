@@ -54,6 +54,7 @@ class DecodeServer:
         """Decode until no slot is running and return all answers, by request."""
         while self.decode.running:
             self._step()
+        self.decode.close()
         return self.answers.in_order()
 
     def handle(self, message: Message) -> None:

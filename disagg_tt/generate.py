@@ -31,27 +31,29 @@ from disagg_tt.run import Answers, Run
 
 def run_rank(run: Run, role: str, shape: tuple[int, int], peer: int) -> list[Answer]:
     """Be one of two ranks; both return the answers, with the measurements of both."""
-    queues = 2 if run.options.overlap == "queue" and role == PREFILL else 1
+    o = run.options
+    queues = 2 if o.overlap == "queue" and role == PREFILL else 1
     requests = run.requests() if role == PREFILL else None
     run.config.check_mesh(shape[0] * shape[1])
-    link = Link.between_ranks(role, shape, peer, queues)
+    link = Link.between_ranks(role, shape, peer, queues=queues, trace=o.enable_trace and role == DECODE)
     timeline = Timeline(role)
     try:
         hello = exchange_hellos(run, link.control, requests)
-        offset = clock_offset(link.control, run.options.deadline_s, asks=role == DECODE)
+        offset = clock_offset(link.control, o.deadline_s, asks=role == DECODE)
         if requests is not None:
             answers = serve_prefill(run, link, requests, timeline)()
         else:
-            answers = _decode_server(run, link, hello, offset, timeline).serve()
+            answers = decode_server(run, link, hello, offset, timeline).serve()
     except Exception as error:
-        _tell_peer(link.control, error)
+        tell_peer(link.control, error)
         raise
     link.close()
     _emit_trace(run, timeline, offset)
     return answers
 
 
-def _tell_peer(control: Control, error: Exception) -> None:
+def tell_peer(control: Control, error: Exception) -> None:
+    """Tell the other rank, if it is still there, why this one ends, and close the channel."""
     try:
         control.send("failed", reason=str(error)[:4000])
     except Exception as lost:
@@ -63,10 +65,12 @@ def run_one_process(run: Run, shape: tuple[int, int]) -> list[Answer]:
     """Be both ranks: two submeshes of one mesh in one process, without MPI."""
     requests = run.requests()
     run.config.check_mesh(shape[0] * shape[1])
-    ours, theirs = Link.within_process(shape, 2 if run.options.overlap == "queue" else 1)
+    o = run.options
+    queues = 2 if o.overlap == "queue" else 1
+    ours, theirs = Link.within_process(shape, queues=queues, trace=o.enable_trace)
     lines = Timeline(PREFILL), Timeline(DECODE)
     hello = {"requests": len(requests), "tokens": run.tokens_a_slot(requests)}
-    server = _decode_server(run, theirs, hello, 0.0, lines[1])
+    server = decode_server(run, theirs, hello, 0.0, lines[1])
     theirs.control.handler = server.handle  # type: ignore[attr-defined]
     collect = serve_prefill(run, ours, requests, lines[0])
     server.finish()
@@ -130,11 +134,12 @@ def _first_token_shower(run: Run, request: Request) -> Callable[[int], None]:
     return show
 
 
-def _decode_server(run: Run, link: Link, hello: Message, offset: float, timeline: Timeline) -> DecodeServer:
+def decode_server(run: Run, link: Link, hello: Message, offset: float, timeline: Timeline) -> DecodeServer:
     """Load the decode mesh's model and cache for what the prefill side's `hello` announces."""
     control, slots = link.control, run.slots(hello["requests"])
     model = run.load_model(link.mesh, DECODE, hello["tokens"], lambda: control.send("busy"))
-    decode = Decode(model, run.cache(link.mesh, slots, hello["tokens"]), run.sampling, timeline)
+    cache = run.cache(link.mesh, slots, hello["tokens"])
+    decode = Decode(model, cache, run.sampling, timeline, run.options.enable_trace)
     decode.warm_up()
     control.send("busy")
     receiver = MeshSocketReceiver(
@@ -147,11 +152,12 @@ def run_single_mesh(run: Run, shape: tuple[int, int]) -> list[Answer]:
     """Prefill and decode on one mesh: the baseline. No stream; everything else alike."""
     requests = run.requests()
     run.config.check_mesh(shape[0] * shape[1])
-    mesh = open_mesh(shape)
+    mesh = open_mesh(shape, trace=run.options.enable_trace)
     timeline, answers = Timeline("single mesh"), Answers(run.emit)
     tokens, slots = run.tokens_a_slot(requests), run.slots(len(requests))
     model = run.load_model(mesh, "single mesh", tokens)
-    decode = Decode(model, run.cache(mesh, slots, tokens), run.sampling, timeline)
+    cache = run.cache(mesh, slots, tokens)
+    decode = Decode(model, cache, run.sampling, timeline, run.options.enable_trace)
     sender = LocalSender(run.config.num_hidden_layers, decode.cache)
     prefill = Prefill(model, sender, run.sampling, timeline)
     _warm_up_prefill(run, prefill, requests)
@@ -175,6 +181,7 @@ def run_single_mesh(run: Run, shape: tuple[int, int]) -> list[Answer]:
         answers.take(decode.start(sender.slot, first[0]), first=True)
     while decode.running:
         step()
+    decode.close()
     close_mesh(mesh)
     _emit_trace(run, timeline, 0.0)
     return answers.in_order()

@@ -19,7 +19,11 @@ DRAM_BANKS = 12
 DRAM_BANK_BYTES = 1_072_693_184  # what ttnn 0.81 leaves of each bank of a Wormhole chip
 DRAM_BYTES = DRAM_BANKS * DRAM_BANK_BYTES
 DRAM_ALIGNMENT = 32
-TILE_BYTES = {"bfloat16": 2048, "bfloat8_b": 1088, "bfloat4_b": 576}  # a packed tile, with its shared exponents
+TILE_BYTES = {
+    "bfloat16": 2048,
+    "bfloat8_b": 1088,
+    "bfloat4_b": 576,
+}  # a packed tile, with its shared exponents
 SMALL_MODEL = 1_000_000_000  # parameters below which the weights are bfloat16 unless said otherwise
 
 SOCKET_FIFO_BYTES = 8192  # of L1, on every core of a receiving chip
@@ -132,7 +136,9 @@ def most_slots(setup: Setup) -> int:
         return 0
     blocks = setup.tokens // TILE
     # The page table grows too, by less than a block of cache; a few rows of it are in `setup` already.
-    return _most(lambda slots: cache_bytes(setup, slots * blocks) + rows_bytes(slots, blocks * 4) <= room, 1 << 20)
+    return _most(
+        lambda slots: cache_bytes(setup, slots * blocks) + rows_bytes(slots, blocks * 4) <= room, 1 << 20
+    )
 
 
 def most_tokens(setup: Setup) -> int:
@@ -158,18 +164,23 @@ def _most(holds: Callable[[int], bool], limit: int) -> int:
 
 
 def _remedies(setup: Setup) -> str:
-    """Say which smaller batch, sequence or dtypes would fit; each changes one setting alone."""
+    """Say which smaller batch, sequence or dtypes would fit; each way changes one setting alone."""
     ways = []
     if slots := min(most_slots(setup), MAX_BATCH):
         ways.append(f"--batch {slots}")
     if tokens := most_tokens(setup):
         ways.append(f"--max-seq-len {tokens}")
-    for name, flag, dtypes in (("kv_dtype", "--kv-dtype", KV_DTYPES), ("weight_dtype", "--weight-dtype", WEIGHT_DTYPES)):
-        now = getattr(setup, name)
-        smaller = sorted((d for d in dtypes if TILE_BYTES[d] < TILE_BYTES[now]), key=TILE_BYTES.__getitem__, reverse=True)
-        fitting = [d for d in smaller if fits(replace(setup, **{name: d}))]
-        ways += [f"{flag} {fitting[0]}"] if fitting else []
+    kv = [d for d in _smaller(setup.kv_dtype, KV_DTYPES) if fits(replace(setup, kv_dtype=d))]
+    weight = [d for d in _smaller(setup.weight_dtype, WEIGHT_DTYPES) if fits(replace(setup, weight_dtype=d))]
+    ways += [f"--kv-dtype {kv[0]}"] if kv else []
+    ways += [f"--weight-dtype {weight[0]}"] if weight else []
     return f"what fits: {', or '.join(ways)}" if ways else "use a mesh of more chips or a smaller model"
+
+
+def _smaller(dtype: str, allowed: tuple[str, ...]) -> list[str]:
+    """Return the dtypes that take less memory than `dtype`, the largest of them first."""
+    smaller = [d for d in allowed if TILE_BYTES[d] < TILE_BYTES[dtype]]
+    return sorted(smaller, key=TILE_BYTES.__getitem__, reverse=True)
 
 
 # ---------------------------------------------------------------- tensors, as the allocator counts them
@@ -246,11 +257,11 @@ def _prefill_activations(setup: Setup) -> int:
     """Return what a prompt of `setup.tokens` tokens has alive at its peak, the reduction behind a layer's MLP.
 
     The residual before and after the attention, qkv, q, the attention's output, K and V, gate, up and their product, the
-    partial sum, and 2.5 times as much for all_reduce (seen on the mock cluster).
+    partial sum, and three times as much for all_reduce (2.5 seen on the mock cluster, the rest for gaps between tensors).
     """
     queries, keys, ffn = _widths(setup)
     hidden = setup.config.hidden_size
-    reduced = 0 if setup.chips == 1 else hidden * 5 // 2
+    reduced = 0 if setup.chips == 1 else 3 * hidden
     width = 2 * hidden + (queries + 2 * keys) + 2 * queries + 3 * ffn + hidden + reduced
     return tile_bytes(setup.tokens, width, "bfloat16") + 2 * _keys(setup, setup.tokens)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from loguru import logger
 
 from disagg_tt.config import Options
 from disagg_tt.core import DECODE, PREFILL, Answer
+from disagg_tt.device import log_choice
 from disagg_tt.errors import DisaggError, PeerError, RankBindingError
 from disagg_tt.launch import default_binding, job_rank, job_size
 from disagg_tt.mesh_descriptor import read_mesh_descriptor
 from disagg_tt.rank_binding import RankBinding
-from disagg_tt.report import Reporter, configure_logging
+from disagg_tt.report import Event, Reporter, configure_logging
 from disagg_tt.terminal import Terminal, log_perf
 from disagg_tt.watchdog import Watchdog
 
@@ -42,8 +44,43 @@ def mesh_shape_of(environ: Mapping[str, str], rank_binding: str | None) -> tuple
     return binding.mesh_shapes[binding.ranks[job_rank()].mesh_id if job_size() == len(binding.ranks) else 0]
 
 
+@dataclass(frozen=True)
+class Seat:
+    """What a rank's work needs to know: its role, the other rank, whom to report to, and what ends a wait."""
+
+    role: str
+    peer: int
+    emit: Callable[[Event], None]
+    watchdog: Watchdog
+
+
 def main(options: Options) -> int:
-    """Be one rank of a job that MPI started; return its exit code."""
+    """Answer the prompts as one rank of a job that MPI started; return its exit code."""
+    trace = options.trace and f"{options.trace}.rank{job_rank()}"
+    local = Terminal(len(options.prompts), as_json=options.json, trace=trace)
+
+    def work(seat: Seat) -> None:
+        from disagg_tt.generate import run_rank
+        from disagg_tt.run import read_run
+
+        _use_threads(options)
+        run = read_run(options, seat.emit, seat.watchdog)
+        answers = run_rank(run, seat.role, mesh_shape_of(os.environ, options.rank_binding), seat.peer)
+        plain = [vars(answer) for answer in answers]
+        if seat.role == PREFILL:
+            seat.emit({"event": "answers", "answers": plain})
+        if not os.environ.get("DISAGG_TT_EVENTS"):
+            _finish_local(local, seat.role, plain)
+
+    return be_rank(work, options.deadline_s, lambda event: _show_local(local, event))
+
+
+def be_rank(work: Callable[[Seat], None], deadline_s: float, show: Callable[[Event], None]) -> int:
+    """Do `work` as one rank of a job that MPI started and return its exit code.
+
+    What `work` raises is reported. Events go to the launcher, or to `show` where there is none. Raises RankBindingError,
+    before anything else, for a job that is not of two ranks or a role that is none.
+    """
     rank = job_rank()
     role = role_of(os.environ, rank)
     configure_logging(role, rank)
@@ -52,39 +89,17 @@ def main(options: Options) -> int:
             f"this job has {job_size()} ranks; one prefill and one decode rank are needed: start it with tt-run and a rank "
             "binding of two ranks, such as rank_bindings/n300x2_1p1d.yaml"
         )
-    local = Terminal(
-        len(options.prompts), as_json=options.json, trace=options.trace and f"{options.trace}.rank{rank}"
-    )
-    with Reporter.from_env(os.environ, role, rank, _shown_by(local, role)) as reporter:
-        watchdog = Watchdog(options.deadline_s, lambda what: _give_up(reporter, what, options.deadline_s))
+    with Reporter.from_env(os.environ, role, rank, show) as reporter:
+        watchdog = Watchdog(deadline_s, lambda what: _give_up(reporter, what, deadline_s))
         try:
-            answers = _run_rank(options, reporter, watchdog, role, 1 - rank)
+            log_choice()
+            work(Seat(role, 1 - rank, reporter.emit, watchdog))
         except BaseException as error:
             _report(reporter, error)
             return getattr(error, "exit_code", 1)
         finally:
             watchdog.close()
-        plain = [vars(answer) for answer in answers]
-        if role == PREFILL:
-            reporter.emit({"event": "answers", "answers": plain})
-        if not os.environ.get("DISAGG_TT_EVENTS"):
-            _finish_local(local, role, plain)
     return 0
-
-
-def _run_rank(options: Options, reporter: Reporter, watchdog: Watchdog, role: str, peer: int) -> list[Answer]:
-    from disagg_tt.device import log_choice
-    from disagg_tt.generate import run_rank
-    from disagg_tt.run import read_run
-
-    _use_threads(options)
-    log_choice()
-    return run_rank(
-        read_run(options, reporter.emit, watchdog),
-        role,
-        mesh_shape_of(os.environ, options.rank_binding),
-        peer,
-    )
 
 
 def run_here(options: Options) -> int:
@@ -115,22 +130,20 @@ def answer_here(options: Options, on_event: Any) -> list[Answer]:
 
 
 def _use_threads(options: Options) -> None:
-    if options.threads:
+    """Share the host's cores between its ranks, unless told otherwise: torch's threads slow each other down when there
+    are more of them than cores."""
+    if options.threads or "OMP_NUM_THREADS" not in os.environ:
         import torch
 
-        torch.set_num_threads(options.threads)
+        torch.set_num_threads(options.threads or max((os.cpu_count() or 1) // job_size(), 1))
 
 
-def _shown_by(terminal: Terminal, role: str) -> Any:
+def _show_local(terminal: Terminal, event: Event) -> None:
     """Without a launcher the decode rank prints the text, and the prefill rank logs the first token."""
-
-    def show(event: dict[str, Any]) -> None:
-        if event["event"] == "first_token":
-            logger.info("request {}: first token {} {!r}", event["request"], event["token"], event["text"])
-        elif event["event"] == "trace" or role == DECODE:
-            terminal.handle(event)
-
-    return show
+    if event["event"] == "first_token":
+        logger.info("request {}: first token {} {!r}", event["request"], event["token"], event["text"])
+    elif event["event"] == "trace" or event["role"] == DECODE:
+        terminal.handle(event)
 
 
 def _finish_local(terminal: Terminal, role: str, answers: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Are the tokens of two ranks those of one mesh? Prompts of 1 to 1,500 tokens of text, both cache dtypes, two batches.
+"""Are the tokens of two ranks those of one mesh? Prompts of 2 to 1,500 tokens, both cache dtypes, two batches.
 
 python examples/verify_exactness.py [--prompts 50] [--new-tokens 200] [--seed 7]
 
@@ -40,9 +40,10 @@ class _PlainEncode:
 
 
 def prompts(count: int, longest: int, chat: bool, seed: int) -> list[dict[str, Any]]:
-    """Return `count` entries of a --prompts-file, of 1 to about `longest` tokens of text: recall, then random text.
+    """Return `count` entries of a --prompts-file, of 2 to about `longest` tokens: recall, then random text.
 
-    The lengths are spread evenly; among those of random text are 1, 31, 32 and 33.
+    The lengths of recall are spread evenly, those of random text begin with 2, `longest`, 32, 31 and 33. One token is
+    BOS; the chat template adds 16.
     """
     rng, tokenizer = random.Random(seed), Tokenizer(find_checkpoint(None))
     entries: list[dict[str, Any]] = []
@@ -52,10 +53,10 @@ def prompts(count: int, longest: int, chat: bool, seed: int) -> list[dict[str, A
         make = chat_recall_case if chat else recall_case
         case = make(rng, KINDS[number % len(KINDS)], length, _PlainEncode(tokenizer))
         entries.append({"messages": case.prompt} if chat else {"prompt": case.prompt})
-    edges = [n for n in (1, longest, 32, 31, 33) if n <= longest]
+    edges = [n for n in (2, longest, 32, 31, 33) if n <= longest]
     for number in range(count - recalls):
-        length = edges[number] if number < len(edges) else rng.randint(1, longest)
-        entries.append({"prompt": random_text(rng, tokenizer, length)})
+        length = edges[number] if number < len(edges) else rng.randint(2, longest)
+        entries.append({"prompt": random_text(rng, tokenizer, length - 1)})
     return entries
 
 

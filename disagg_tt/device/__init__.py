@@ -31,10 +31,12 @@ class Features:
     Attributes:
         cross_queue_events: one command queue may wait for another's event (`--overlap queue`).
         numbers: values read back are the computed ones (on a mock cluster they are garbage, see host.py).
+        trace: a decode step can be captured as a trace and replayed (`--enable-trace`).
         compiles: a program of a new shape is compiled at its first use, so every shape is worth a warm-up.
     """
 
     cross_queue_events: bool
+    trace: bool
     numbers: bool
     compiles: bool
 
@@ -68,7 +70,12 @@ def choose(environ: Mapping[str, str]) -> tuple[str, str]:
 
 
 kind, _reason = choose(os.environ)
-features = Features(cross_queue_events=kind != "mock", numbers=kind != "mock", compiles=kind != "emulator")
+features = Features(
+    cross_queue_events=kind != "mock",
+    trace=kind != "mock",
+    numbers=kind != "mock",
+    compiles=kind != "emulator",
+)
 
 
 def __getattr__(name: str) -> Any:

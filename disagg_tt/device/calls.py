@@ -18,20 +18,53 @@ from pathlib import Path
 from typing import Any, TextIO
 
 OPS = {
-    "": (
-        "add all_gather all_reduce allocate_tensor_on_device argmax copy_host_to_device_tensor deallocate embedding "
-        "from_torch get_device_tensors interleaved_to_sharded linear mul plus_one reshape rms_norm slice to_memory_config "
-        "to_torch transpose typecast unsqueeze_to_4D untilize zeros"
-    ).split(),
-    "experimental": (
-        "minimal_matmul nlp_concat_heads nlp_concat_heads_decode nlp_create_qkv_heads nlp_create_qkv_heads_decode "
-        "paged_fill_cache paged_update_cache recv_async recv_direct_async rotary_embedding_hf send_async send_direct_async"
-    ).split(),
+    "": [
+        "add",
+        "all_gather",
+        "all_reduce",
+        "allocate_tensor_on_device",
+        "argmax",
+        "copy_host_to_device_tensor",
+        "deallocate",
+        "embedding",
+        "from_torch",
+        "get_device_tensors",
+        "interleaved_to_sharded",
+        "linear",
+        "mul",
+        "plus_one",
+        "reshape",
+        "rms_norm",
+        "slice",
+        "to_memory_config",
+        "to_torch",
+        "transpose",
+        "typecast",
+        "unsqueeze_to_4D",
+        "untilize",
+        "zeros",
+        "zeros_like",
+    ],
+    "experimental": [
+        "minimal_matmul",
+        "nlp_concat_heads",
+        "nlp_concat_heads_decode",
+        "nlp_create_qkv_heads",
+        "nlp_create_qkv_heads_decode",
+        "paged_fill_cache",
+        "paged_update_cache",
+        "recv_async",
+        "recv_direct_async",
+        "rotary_embedding_hf",
+        "send_async",
+        "send_direct_async",
+    ],
     "transformer": ["paged_scaled_dot_product_attention_decode", "scaled_dot_product_attention"],
 }
 """Every function of the emulator's ttnn that takes or returns tensors, by namespace."""
 
-_HIDDEN = {"mesh_mapper", "mesh_composer"}  # of different types on the two; the outputs' shapes tell what they did
+# Of different types on the two; the outputs' shapes tell what they did.
+_HIDDEN = {"mesh_mapper", "mesh_composer"}
 
 
 @contextlib.contextmanager
@@ -51,7 +84,7 @@ def log_process(ttnn: Any, environ: Mapping[str, str]) -> None:
     path = environ.get("DISAGG_TT_LOG_CALLS")
     if path:
         rank = environ.get("OMPI_COMM_WORLD_RANK")
-        _install(ttnn, Path(path if rank is None else f"{path}.rank{rank}").open("w", buffering=1))
+        _install(ttnn, open(path if rank is None else f"{path}.rank{rank}", "w", buffering=1))  # noqa: SIM115 (to the end)
 
 
 def _install(ttnn: Any, file: TextIO) -> list[tuple[Any, str, Callable[..., Any]]]:
@@ -95,7 +128,9 @@ class _Log:
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Return the tensors among the arguments, in order, and the other arguments by name, or by place for unnamed ones."""
-    named = [(str(i), a) for i, a in enumerate(args)] + [(k, a) for k, a in kwargs.items() if k not in _HIDDEN]
+    named = [(str(i), a) for i, a in enumerate(args)] + [
+        (k, a) for k, a in kwargs.items() if k not in _HIDDEN
+    ]
     inputs = [describe(a) for _, a in named if _is_tensor(a)]
     return inputs, {name: describe(a) for name, a in named if not _is_tensor(a) and a is not None}
 
@@ -131,13 +166,20 @@ def describe(value: Any) -> Any:
 
 _FIELDS = {
     "CoreCoord": ("x", "y"),
-    "SDPAProgramConfig": ("compute_with_storage_grid_size", "q_chunk_size", "k_chunk_size", "exp_approx_mode"),
+    "SDPAProgramConfig": (
+        "compute_with_storage_grid_size",
+        "q_chunk_size",
+        "k_chunk_size",
+        "exp_approx_mode",
+    ),
     "WormholeComputeKernelConfig": ("math_fidelity", "math_approx_mode", "fp32_dest_acc_en", "packer_l1_acc"),
 }
 
 
 def _tensor(tensor: Any) -> str:
-    padded = "" if list(tensor.shape) == list(tensor.padded_shape) else f" padded to {list(tensor.padded_shape)}"
+    padded = (
+        "" if list(tensor.shape) == list(tensor.padded_shape) else f" padded to {list(tensor.padded_shape)}"
+    )
     place = "host" if tensor.device() is None else _memory(tensor.memory_config())
     return f"{list(tensor.shape)}{padded} {tensor.dtype.name} {tensor.layout.name} {place}"
 

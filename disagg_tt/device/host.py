@@ -37,6 +37,16 @@ def to_device(mesh: Any, values: torch.Tensor, dtype: Any, layout: Any = None) -
     )
 
 
+def zeros(mesh: Any, shape: list[int], dtype: Any, layout: Any = None) -> Any:
+    """Return a device tensor of zeros in DRAM, `shape` on each chip of `mesh`; TILE layout unless another is given.
+
+    Filled on the device: ttnn.zeros converts on the host, 0.7 s for one K pool of 32 x 8192 tokens at 8B's size.
+    """
+    where = (ttnn.TILE_LAYOUT if layout is None else layout, mesh, ttnn.DRAM_MEMORY_CONFIG)
+    made = ttnn.allocate_tensor_on_device(ttnn.Shape(shape), dtype, *where)
+    return ttnn.zeros_like(made, optional_tensor=made)
+
+
 def read(tensor: Any, scripted: Callable[[], torch.Tensor]) -> torch.Tensor:
     """Return the first chip's copy of a replicated device tensor as a torch tensor, waiting for its computation.
 

@@ -97,10 +97,14 @@ class _Stream:
             )
         self.next_layer += 1
 
-    def end(self) -> None:
+    def ending(self) -> None:
+        """Check, before the metadata is sent or received, that every layer was."""
         self.need(State.STREAMING, "the end")
         if self.next_layer != self.layers:
             self.fail(f"ended after {self.next_layer} of {self.layers} layers; send every layer first")
+
+    def end(self) -> None:
+        self.ending()
         self.state = State.DONE
 
     def need(self, state: State, what: str) -> None:

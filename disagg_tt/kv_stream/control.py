@@ -18,6 +18,7 @@ the distributed context. A message is JSON of at most 1 MiB whose fields are che
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket as sockets
 import time
@@ -45,26 +46,28 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
 }
 MAX_BYTES = 1 << 20
 ADDRESS_BYTES = 64
+CONNECT_S = 10.0  # between two ranks that are both there, as ttnn gives its sockets
 START_UP_S = 600.0  # for the other rank's weights and compilation, in which it may be silent; its death is noticed sooner
 
 
 def check(message: object) -> Message:
     """Return `message` if it fits the schema; raises StreamError naming what does not."""
-    if not isinstance(message, dict) or message.get("kind") not in SCHEMA:
+    kind = message.get("kind") if isinstance(message, dict) else None
+    if not isinstance(message, dict) or not isinstance(kind, str) or kind not in SCHEMA:
         raise StreamError(
             f"control message {str(message)[:200]!r}; its kind must be one of {', '.join(SCHEMA)}"
         )
-    fields = SCHEMA[message["kind"]]
-    for name, kind in fields.items():
+    fields = SCHEMA[kind]
+    for name, type_ in fields.items():
         value = message.get(name)
-        right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-        if not right or (kind is int and value < 0):  # type: ignore[operator]
-            raise StreamError(
-                f"control message {message['kind']}: {name} is {value!r}; a valid {kind} is needed"
-            )
+        right = isinstance(value, (int, float) if type_ is float else type_) and not isinstance(value, bool)
+        if right and type_ in (int, float):
+            right = math.isfinite(value) and (type_ is float or value >= 0)  # type: ignore[arg-type, operator]
+        if not right:
+            raise StreamError(f"control message {kind}: {name} is {value!r}; a valid {type_} is needed")
     if set(message) != {"kind", *fields}:
         raise StreamError(
-            f"control message {message['kind']} has fields {sorted(message)}; allowed: {sorted(fields)}"
+            f"control message {kind} has fields {sorted(message)}; allowed: {sorted(fields)}"
         )
     return message
 
@@ -136,9 +139,18 @@ class ZmqControl:
     def connect(self, address: str) -> None:
         self._socket.connect(address)
 
+    def wait_for_peer(self) -> None:
+        """Wait until the peer has connected: before that, the binding end's `send` would take it for gone."""
+        if not self._socket.poll(int(CONNECT_S * 1000), self._zmq.POLLOUT):
+            raise PeerError(
+                f"the {self._peer} rank did not connect its control channel within {CONNECT_S:.0f} s"
+            )
+
     def send(self, kind: str, **fields: Any) -> None:
         """Send a message; raises PeerError when the peer is not there to take it."""
         data = json.dumps(check({"kind": kind, **fields})).encode()
+        if len(data) > MAX_BYTES:  # zmq would drop the connection, and the peer would take this rank for dead
+            raise StreamError(f"control message {kind} has {len(data)} bytes; allowed are {MAX_BYTES}")
         try:
             self._socket.send(data, self._zmq.NOBLOCK)
         except self._zmq.Again:
@@ -168,7 +180,7 @@ class ZmqControl:
             data = self._socket.recv(self._zmq.NOBLOCK)
             try:
                 message = check(json.loads(data))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise StreamError(f"control message is not JSON: {error}") from None
             if message["kind"] == "failed":
                 raise PeerError(f"the {self._peer} rank failed: {message['reason']}")
@@ -194,6 +206,7 @@ def connect_ranks(ttnn: Any, *, me: int, peer: int, peer_role: str, bind: bool) 
     control = ZmqControl(peer_role, bind=bind)
     if bind:
         ttnn.distributed_context_send_bytes(control.address.encode().ljust(ADDRESS_BYTES), peer)
+        control.wait_for_peer()
     else:
         control.connect(bytes(ttnn.distributed_context_recv_bytes(ADDRESS_BYTES, peer)).decode().strip())
     return control

@@ -117,6 +117,7 @@ class MeshSocketSender(KVSender):
         self.bytes_sent += tensor_bytes(tensor, self._chips)
 
     def finish(self, metadata: Metadata, times: PrefillTimes) -> None:
+        self.stream.ending()
         if self._overlap == "after":
             for kept in self._kept:
                 self._enqueue(*kept)
@@ -199,6 +200,7 @@ class MeshSocketReceiver(KVReceiver):
         return True
 
     def finish(self) -> Metadata:
+        self.stream.ending()
         while self.wait_for_layer():
             pass
         spec = ttnn.TensorSpec(ttnn.Shape([1, 1, TILE, TILE]), ttnn.uint32, ttnn.TILE_LAYOUT)

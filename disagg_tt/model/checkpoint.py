@@ -5,6 +5,7 @@ import importlib.resources
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -35,10 +36,10 @@ HASH_WHOLE_BELOW = 64 * 2**20  # bytes
 SAMPLE = 2**20  # bytes
 
 
-def find_checkpoint(model: str | None) -> Path:
+def find_checkpoint(model: str | None, files: Sequence[str] = FETCHED) -> Path:
     """The folder of `model`: None is the checkpoint in the package; else a local folder, or a hub name.
 
-    What a hub name stands for is fetched, unless it was before. CheckpointError where there is none.
+    Of what a hub name stands for, `files` are fetched, unless they were before. CheckpointError where there is none.
     """
     if model is None:
         folder = Path(str(importlib.resources.files("disagg_tt") / "checkpoint"))
@@ -58,7 +59,7 @@ def find_checkpoint(model: str | None) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(model, allow_patterns=FETCHED))
+        return Path(snapshot_download(model, allow_patterns=list(files)))
     except Exception as error:  # the hub raises errors of many kinds: network, rights, name, disk
         raise CheckpointError(
             f"--model is {model!r}: no such folder, and the hub did not give it ({error}); "

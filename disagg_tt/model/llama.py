@@ -189,7 +189,9 @@ class Llama:
             memory_config=ttnn.DRAM_MEMORY_CONFIG,
         )
         attention = ttnn.to_memory_config(attention, self._one_slot_a_core(slots))
-        attention = ttnn.experimental.nlp_concat_heads_decode(attention, num_heads=self.heads)
+        attention = ttnn.experimental.nlp_concat_heads_decode(
+            attention, num_heads=self.heads, sub_core_grids=self._sub_core_grids(slots)
+        )
         x = ttnn.add(x, self._reduce(self._matmul_narrow(attention, w.wo, l1), l1), memory_config=l1)
         h = self._norm(x, w.mlp_norm, l1)
         gate, up = self._matmul_narrow(h, w.w1, l1), self._matmul_narrow(h, w.w3, l1)
@@ -217,6 +219,12 @@ class Llama:
             use_height_and_width_as_shard_shape=True,
         )
 
+    def _sub_core_grids(self, slots: int) -> Any:
+        """Return what nlp_concat_heads_decode asks for when the slots' cores are not one rectangle, else None."""
+        if slots <= self.grid.x or slots % self.grid.x == 0:
+            return None
+        return ttnn.num_cores_to_corerangeset(self.grid.x * self.grid.y, self.grid, True)
+
     def _rope_rows(self, table: Any, rows: Any, slots: int) -> Any:
         """Gather each slot's row of a cos or sin table: [1, slots, 1, head_dim], one slot a core."""
         gathered = ttnn.embedding(rows, table, layout=ttnn.TILE_LAYOUT)
@@ -242,7 +250,7 @@ class Llama:
         return logits
 
     def greedy(self, logits: Any) -> Any:
-        """Return the best token of each row of `logits`: uint32 [1, 32], on the device, ready to be decode's tokens."""
+        """Return the best token of each row of `logits`: uint32 [1, 32], on the device, as decode's tokens are."""
         return ttnn.reshape(ttnn.argmax(logits, dim=3, keepdim=True), ttnn.Shape([1, ROWS]))
 
     def _gather(self, x: Any, memory: Any = None) -> Any:

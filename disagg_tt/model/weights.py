@@ -21,6 +21,7 @@ import torch
 
 from disagg_tt.config import LlamaConfig
 from disagg_tt.device import ttnn
+from disagg_tt.device.host import zeros
 
 if TYPE_CHECKING:
     from disagg_tt.model.checkpoint import Checkpoint
@@ -133,7 +134,7 @@ def load(
 
 
 def allocate(config: LlamaConfig, mesh: Any, dtype: Any) -> Weights:
-    """Return weights of the right shapes and undefined content: a dry run's, which needs no checkpoint."""
+    """Return weights of the right shapes, all zero: a dry run's, which needs no checkpoint."""
     chips = mesh.get_num_devices()
     config.check_mesh(chips)
     hidden, ffn = config.hidden_size, config.intermediate_size // chips
@@ -141,8 +142,8 @@ def allocate(config: LlamaConfig, mesh: Any, dtype: Any) -> Weights:
     kv_width = config.num_key_value_heads * config.head_dim // chips
 
     def empty(rows: int, columns: int, kind: Any = dtype, layout: Any = ttnn.TILE_LAYOUT) -> Any:
-        shape = ttnn.Shape([1, 1, rows, columns])
-        return ttnn.allocate_tensor_on_device(shape, kind, layout, mesh, ttnn.DRAM_MEMORY_CONFIG)
+        # Not left as it is: what memory held before may be NaN, from which no token can be chosen.
+        return zeros(mesh, [1, 1, rows, columns], kind, layout)
 
     def norm() -> Any:
         return empty(hidden // TILE, TILE, ttnn.bfloat16, ttnn.ROW_MAJOR_LAYOUT)

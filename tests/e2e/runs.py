@@ -21,7 +21,6 @@ from disagg_tt.rank import answer_here
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "disagg_tt" / "checkpoint"
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "train_tiny_llama")]
 
 BOUND = 120.0  # seconds: far above what a run takes (2), below a hang
 MARKER = "DISAGG_TT_TEST_RUN"  # its value names the run in the environment of each of its processes

@@ -1,6 +1,6 @@
 """The model's device calls, logged: prefill, K/V over a socket pair, decode, on two 1x2 meshes of this process.
 
-python -m tests.ttnn_mock.logged_program FOLDER writes FOLDER/MODEL-KVDTYPE-STAGE.jsonl for each case of `CASES`. Which
+python tests/ttnn_mock/logged_program.py FOLDER writes FOLDER/MODEL-KVDTYPE-STAGE.jsonl for each case of `CASES`. Which
 device it runs on is DISAGG_TT_DEVICE's matter. Weights are allocated, not loaded: only specs are compared.
 """
 
@@ -16,7 +16,7 @@ from disagg_tt.core import whole_tiles
 from disagg_tt.device import ttnn
 from disagg_tt.device.calls import log_calls
 from disagg_tt.device.host import read, to_device
-from disagg_tt.device.mesh import close_mesh, open_two
+from disagg_tt.device.mesh import close_mesh
 from disagg_tt.kv_stream.mesh_socket import socket_config
 from disagg_tt.model import weights
 from disagg_tt.model.llama import ROWS, DecodeInputs, Llama
@@ -81,14 +81,21 @@ def decode(model: Llama, cache: PagedCache) -> None:
 
 
 def run(folder: Path) -> None:
-    parent, ours, theirs = open_two((1, 2))
+    ttnn.set_fabric_config(ttnn.FabricConfig.FABRIC_2D)
+    dispatch = ttnn.DispatchCoreConfig(type=ttnn.DispatchCoreType.WORKER)  # what a mock cluster needs
+    parent = ttnn.open_mesh_device(ttnn.MeshShape(2, 2), dispatch_core_config=dispatch)
+    ours, theirs = (
+        parent.create_submesh(ttnn.MeshShape(1, 2), ttnn.MeshCoordinate(row, 0)) for row in range(2)
+    )
     sockets = ttnn.create_socket_pair(ours, theirs, socket_config(1, 2))
     for name, config in MODELS.items():
         dtype = weights.weight_dtype(config, None)
         meshes = {mesh: weights.allocate(config, mesh, dtype) for mesh in (ours, theirs)}
         for kv in KV_DTYPES:
             kv_dtype = getattr(ttnn, kv)
-            models = [Llama(m, config, w, config.max_position_embeddings, kv_dtype) for m, w in meshes.items()]
+            models = [
+                Llama(m, config, w, config.max_position_embeddings, kv_dtype) for m, w in meshes.items()
+            ]
             blocks = config.max_position_embeddings // BLOCK
             for tokens in PROMPTS:
                 with log_calls(ttnn, folder / f"{name}-{kv}-prefill{tokens}.jsonl"):

@@ -9,17 +9,19 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from tests.ttnn_mock.logged_program import CASES, MODELS
+from logged_program import CASES, MODELS
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.xdist_group("call_log")  # one worker runs the two programs, all cases read their logs
+PROGRAM = Path(__file__).with_name("logged_program.py")
+pytestmark = pytest.mark.xdist_group(
+    "call_log"
+)  # one worker runs the two programs, all cases read their logs
 
 
 def _run(folder: Path, environment: dict[str, str]) -> Path:
     folder.mkdir()
     done = subprocess.run(
-        [sys.executable, "-m", "tests.ttnn_mock.logged_program", str(folder)],
+        [sys.executable, str(PROGRAM), str(folder)],
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         cwd=folder,
         capture_output=True,

@@ -7,9 +7,12 @@ hardware would hang or corrupt silently, the emulator says so. It is not a timin
     numeric.py      rounding to bfloat16 and block floats, packing to wire bytes
     queue.py        command queues and events
     mesh.py         meshes, memory, fabric
-    tensor.py       tensors, host and device, and how an op is launched
+    spec.py         tensor specs
+    tensor.py       tensors, and how an op is launched
+    transfer.py     between host and device
     ops/            the ops
     distributed.py  ranks over MPI
+    channel.py      what carries a socket's bytes
     socket.py       MeshSocket
 """
 
@@ -37,6 +40,10 @@ from disagg_tt.device.emulator.mesh import (
     synchronize_device,
     wait_for_event,
 )
+from disagg_tt.device.emulator.ops import attention as _attention
+from disagg_tt.device.emulator.ops import cache as _cache
+from disagg_tt.device.emulator.ops import heads as _heads
+from disagg_tt.device.emulator.ops import matmul as _matmul
 from disagg_tt.device.emulator.ops.collectives import (
     all_gather,
     all_reduce,
@@ -44,6 +51,7 @@ from disagg_tt.device.emulator.ops.collectives import (
 from disagg_tt.device.emulator.ops.eltwise import (
     add,
     argmax,
+    copy,
     mul,
     plus_one,
     rms_norm,
@@ -70,11 +78,18 @@ from disagg_tt.device.emulator.socket import (
     SocketMemoryConfig,
     create_socket_pair,
 )
-from disagg_tt.device.emulator.tensor import (
+from disagg_tt.device.emulator.spec import TensorSpec
+from disagg_tt.device.emulator.tensor import Tensor
+from disagg_tt.device.emulator.trace import (
+    begin_trace_capture,
+    end_trace_capture,
+    execute_trace,
+    release_trace,
+)
+from disagg_tt.device.emulator.transfer import (
     ConcatMeshToTensor,
     ReplicateTensorToMesh,
     ShardTensorToMesh,
-    Tensor,
     allocate_tensor_on_device,
     copy_host_to_device_tensor,
     deallocate,
@@ -82,6 +97,7 @@ from disagg_tt.device.emulator.tensor import (
     get_device_tensors,
     to_torch,
     zeros,
+    zeros_like,
 )
 from disagg_tt.device.emulator.types import (
     DRAM_MEMORY_CONFIG,
@@ -107,15 +123,11 @@ from disagg_tt.device.emulator.types import (
     ShardSpec,
     ShardStrategy,
     TensorMemoryLayout,
-    TensorSpec,
     UnaryOpType,
     WormholeComputeKernelConfig,
     create_sharded_memory_config,
     num_cores_to_corerangeset,
 )
-from disagg_tt.device.emulator.ops import attention as _attention
-from disagg_tt.device.emulator.ops import cache as _cache
-from disagg_tt.device.emulator.ops import matmul as _matmul
 
 bfloat16, float32, bfloat8_b, bfloat4_b = (
     DataType.BFLOAT16,
@@ -132,10 +144,10 @@ transformer = SimpleNamespace(
 )
 experimental = SimpleNamespace(
     minimal_matmul=_matmul.minimal_matmul,
-    nlp_create_qkv_heads=_attention.nlp_create_qkv_heads,
-    nlp_create_qkv_heads_decode=_attention.nlp_create_qkv_heads_decode,
-    nlp_concat_heads=_attention.nlp_concat_heads,
-    nlp_concat_heads_decode=_attention.nlp_concat_heads_decode,
+    nlp_create_qkv_heads=_heads.nlp_create_qkv_heads,
+    nlp_create_qkv_heads_decode=_heads.nlp_create_qkv_heads_decode,
+    nlp_concat_heads=_heads.nlp_concat_heads,
+    nlp_concat_heads_decode=_heads.nlp_concat_heads_decode,
     rotary_embedding_hf=_attention.rotary_embedding_hf,
     paged_fill_cache=_cache.paged_fill_cache,
     paged_update_cache=_cache.paged_update_cache,

@@ -5,26 +5,28 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from disagg_tt.device.emulator.queue import CommandQueue, Event, wait_on_queue
+from disagg_tt.device.emulator.queue import CommandQueue, Event
+from disagg_tt.device.emulator.spec import Spec
 from disagg_tt.device.emulator.types import (
     BufferType,
     CoreCoord,
     DispatchCoreConfig,
     DispatchCoreType,
     FabricConfig,
-    Layout,
     MeshCoordinate,
     MeshShape,
-    Spec,
 )
 from disagg_tt.errors import DeviceError
 
 DRAM_BANKS = 12
-DRAM_BANK_BYTES = 1_072_693_184  # seen on the mock cluster, as the L1 figure
-L1_CORE_BYTES = 1_390_000
+# What ttnn.get_memory_view gives on the mock cluster, and how it rounds.
+DRAM_BANK_BYTES = 1_072_693_184
+L1_CORE_BYTES = 1_393_312
+PAGE_ALIGNMENT = {BufferType.DRAM: 32, BufferType.L1: 16}
+BANK_ALIGNMENT = 32
 HOST_CHIPS = 8
 QUEUES = 2
 
@@ -34,42 +36,52 @@ _current = threading.local()
 
 
 class Memory:
-    """Bytes in use per DRAM bank and per L1 core on each chip of a mesh; all chips of a mesh allocate alike."""
+    """Bytes in use in each DRAM bank and each core's L1 of a mesh's chips; all chips of a mesh allocate alike."""
 
     def __init__(self, cores: int):
         self.banks = {BufferType.DRAM: DRAM_BANKS, BufferType.L1: cores}
         self.limit = {BufferType.DRAM: DRAM_BANK_BYTES, BufferType.L1: L1_CORE_BYTES}
         self.used = {BufferType.DRAM: 0, BufferType.L1: 0}
         self.peak = {BufferType.DRAM: 0, BufferType.L1: 0}
+        self._sizes: dict[Spec, int] = {}
 
-    def allocate(self, kind: BufferType, per_bank: int, what: object) -> None:
+    def allocate(self, spec: Spec) -> int:
+        """Take what a tensor of `spec` needs of every bank and return it; raises DeviceError when it is not there."""
+        per_bank = self._sizes.get(spec)
+        if per_bank is None:
+            per_bank = self._sizes[spec] = self.per_bank(spec)
+        self.take(spec.memory_config.buffer_type, per_bank, spec)
+        return per_bank
+
+    def take(self, kind: BufferType, per_bank: int, what: object) -> None:
         """Take `per_bank` bytes of every bank; raises DeviceError when they are not there."""
         used = self.used[kind] + per_bank
         if used > self.limit[kind]:
-            place = "DRAM bank" if kind is BufferType.DRAM else "L1 core"
+            place = "DRAM bank" if kind is BufferType.DRAM else "core's L1"
             raise DeviceError(
-                f"out of {kind.name}: {what} needs {per_bank:,} B in each {place}, {self.limit[kind] - self.used[kind]:,} of "
+                f"out of {kind.name}: {what} needs {per_bank:,} B of each {place}, {self.limit[kind] - self.used[kind]:,} of "
                 f"{self.limit[kind]:,} B are free; free tensors, or use a smaller cache, batch or weight dtype"
             )
         self.used[kind] = used
-        self.peak[kind] = max(self.peak[kind], used)
+        if used > self.peak[kind]:
+            self.peak[kind] = used
 
     def release(self, kind: BufferType, per_bank: int) -> None:
         self.used[kind] -= per_bank
 
     def per_bank(self, spec: Spec) -> int:
-        """Return the bytes that a tensor of `spec` takes in each bank: whole pages dealt round the banks."""
-        config = spec.memory_config
-        if config.shard_spec is not None:
-            height, width = config.shard_spec.shape
-            return spec.dtype.bytes_of(height * width)
-        if spec.layout is Layout.TILE:
-            page = spec.dtype.bytes_of(1024)
+        """Return the bytes that a tensor of `spec` takes in each bank: a shard, or whole pages dealt round the banks."""
+        kind, shard = spec.memory_config.buffer_type, spec.memory_config.shard_spec
+        if shard is not None:
+            size = spec.dtype.bytes_of(shard.shape[0] * shard.shape[1])
         else:
-            page = spec.dtype.bytes_of(spec.padded_shape[-1] if spec.padded_shape else 1)
-        pages = -(-spec.bytes // page) if page else 0
-        aligned = -(-page // 32) * 32
-        return -(-pages // self.banks[config.buffer_type]) * aligned
+            pages = spec.bytes // spec.page if spec.page else 0
+            size = -(-pages // self.banks[kind]) * _aligned(spec.page, PAGE_ALIGNMENT[kind])
+        return _aligned(size, BANK_ALIGNMENT)
+
+
+def _aligned(size: int, to: int) -> int:
+    return -(-size // to) * to
 
 
 class MeshDevice:
@@ -84,10 +96,12 @@ class MeshDevice:
         parent: Any = None,
     ):
         self.shape, self._chips, self._grid, self._parent = shape, chips, grid, parent
-        self._queues = queues
-        self._memory = Memory(grid.x * grid.y)
+        self._queues, self.has_several_queues = queues, len(queues) > 1
+        self.memory = Memory(grid.x * grid.y)
         self._submeshes: list[MeshDevice] = []
         self._closed = False
+        self.trace_region_size = 0  # bytes a chip
+        self.traces: dict[int, list[Callable[[], None]]] = {}  # captured work by trace id, see trace.py
 
     def get_num_devices(self) -> int:
         return len(self._chips)
@@ -139,7 +153,12 @@ class MeshDevice:
             )
         return self._queues[number]
 
+    def idle(self) -> bool:
+        """Return whether all enqueued work is done."""
+        return all(queue.idle for queue in self._queues)
+
     def close(self) -> None:
+        """Close the mesh and its submeshes, without waiting for work that is still pending."""
         for mesh in self._submeshes:
             mesh.close()
         for queue in self._queues:
@@ -193,7 +212,9 @@ def open_mesh_device(
         CommandQueue(f"mesh of chips {chips}, command queue {i}", timeout) for i in range(num_command_queues)
     ]
     grid = CoreCoord(8, 7) if dispatch is DispatchCoreType.WORKER else CoreCoord(8, 8)
-    return MeshDevice(MeshShape(mesh_shape), chips, grid, queues)
+    mesh = MeshDevice(MeshShape(mesh_shape), chips, grid, queues)
+    mesh.trace_region_size = trace_region_size
+    return mesh
 
 
 def close_mesh_device(mesh: MeshDevice) -> None:
@@ -229,7 +250,7 @@ def record_event(mesh_device: MeshDevice, cq_id: int | None = None) -> Event:
 
 def wait_for_event(cq_id: int | None, mesh_event: Event) -> None:
     """Make queue `cq_id` of the event's mesh stall until the event."""
-    wait_on_queue(mesh_event.mesh.queue(cq_id), mesh_event)
+    mesh_event.mesh.queue(cq_id).stall(mesh_event)
 
 
 def event_synchronize(mesh_event: Event) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from disagg_tt.device.emulator.types import TILE_SIZE, DataType
+from disagg_tt.device.emulator.types import DataType
 
 BLOCK = 16
 _BITS = {DataType.BFLOAT8_B: 7, DataType.BFLOAT4_B: 3}
@@ -110,11 +110,3 @@ def unpack(data: torch.Tensor, shape: tuple[int, ...], dtype: DataType) -> torch
     step = ((exponents.to(torch.int32) << 23) - ((bits - 1) << 23)).clamp_(min=0).view(torch.float32)
     magnitude = (codes & (2**bits - 1)).to(torch.float32).reshape(-1, BLOCK) * step[:, None]
     return torch.where((codes >> bits).reshape(-1, BLOCK) > 0, -magnitude, magnitude).reshape(shape)
-
-
-def tiles(shape: tuple[int, ...]) -> int:
-    """Return the number of 32x32 tiles of a padded shape."""
-    count = 1
-    for axis in shape:
-        count *= axis
-    return count // (TILE_SIZE * TILE_SIZE)

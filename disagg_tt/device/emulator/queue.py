@@ -26,7 +26,8 @@ class CommandQueue:
         self.name, self.timeout_s = name, timeout_s
         self.enqueued = 0  # sequence number of the newest work
         self.completed = 0
-        self.seen: dict[CommandQueue, int] = {}  # how far other queues are known to be, by events waited for
+        self._seen: dict[CommandQueue, int] = {}  # how far other queues are known to be, by events waited for
+        self._host_seen = 0  # how far the host knows this queue to be, by waiting for it
         self.idle = True
         self._pending: deque[tuple[str, Callable[[], None]]] = deque()
         self._running = ""
@@ -34,14 +35,24 @@ class CommandQueue:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._closing = False
+        self._captured: list[Callable[[], None]] | None = None  # work of the trace that is being captured
 
     def submit(self, name: str, work: Callable[[], None], waits: bool = False) -> int:
         """Enqueue `work`, which `waits` for another rank or not; return its sequence number. Raises what failed before."""
         self.check()
+        if self._captured is not None:
+            if waits:
+                raise DeviceError(
+                    f"{name} while {self.name} captures a trace; a trace cannot wait for another rank"
+                )
+            self._captured.append(work)
+            return self.enqueued
         self.enqueued += 1
         if self.idle and not waits:
-            work()
-            self.completed = self.enqueued
+            try:
+                work()
+            finally:
+                self.completed = self.enqueued
             return self.enqueued
         with self._changed:
             self._pending.append((name, work))
@@ -54,25 +65,68 @@ class CommandQueue:
             self._changed.notify_all()
         return self.enqueued
 
+    def begin_capture(self) -> None:
+        """From now on keep submitted work for a trace instead of running it."""
+        if self._captured is not None:
+            raise DeviceError(f"{self.name} captures a trace already; end it first")
+        self._captured = []
+
+    def end_capture(self) -> list[Callable[[], None]]:
+        """Return the captured work and run what comes again."""
+        if self._captured is None:
+            raise DeviceError(f"{self.name} captures no trace; begin one first")
+        captured, self._captured = self._captured, None
+        return captured
+
     def check(self) -> None:
         """Raise the error of earlier work, if there was one."""
         if self._error is not None:
             raise self._error
 
+    def fail(self, error: BaseException) -> None:
+        """Make `error` what every later use of the queue raises, unless it has failed before."""
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def knows(self, other: CommandQueue, sequence: int) -> bool:
+        """Return whether work of this queue comes after number `sequence` of `other`, by order or by an event."""
+        return other is self or self._seen.get(other, 0) >= sequence
+
+    def host_knows(self, sequence: int) -> bool:
+        """Return whether the host has waited for work number `sequence`: not whether it happens to be done."""
+        return self._host_seen >= sequence
+
     def wait(self, sequence: int | None = None) -> None:
         """Block the host until work number `sequence` (default: all of it) is done; raises its error, or on timeout."""
+        if self._captured is not None:
+            raise DeviceError(
+                f"the host waits for {self.name} while it captures a trace; nothing runs until the trace does"
+            )
         target = self.enqueued if sequence is None else sequence
+        self.reach(target)
+        self._host_seen = max(self._host_seen, target)
+
+    def stall(self, event: Event) -> None:
+        """Make this queue wait until `event` is reached; what it covers may then be used here."""
+        other = event.queue
+        self._seen[other] = max(self._seen.get(other, 0), event.sequence)
+        if other is not self and other.completed < event.sequence:
+            self.submit("wait_for_event", lambda: other.reach(event.sequence), waits=True)
+
+    def reach(self, sequence: int) -> None:
+        """Block the calling thread until work number `sequence` is done; raises its error, or on timeout."""
         deadline = time.monotonic() + self.timeout_s
         with self._changed:
-            while self.completed < target and self._error is None:
+            while self.completed < sequence and self._error is None:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise DeviceError(
-                        f"{self.name}: no progress for {self.timeout_s:.0f} s; it is at {self._running or 'its start'} with "
+                        f"{self.name}: no progress for {self.timeout_s:g} s; it is at {self._running or 'its start'} with "
                         f"{len(self._pending)} operations behind it. On hardware this hangs. Check that the other rank posts "
                         "the matching send or receive (TT_METAL_OPERATION_TIMEOUT_SECONDS sets the limit)"
                     )
-                self._changed.wait(min(left, 1.0))
+                self._changed.wait(left)
         self.check()
 
     def _work(self, threads: int) -> None:
@@ -88,9 +142,7 @@ class CommandQueue:
                 try:
                     work()
                 except BaseException as error:
-                    with self._changed:
-                        self._error = error
-                        self._changed.notify_all()
+                    self.fail(error)
                     return
                 del work
                 with self._changed:
@@ -113,10 +165,3 @@ class Event:
 
     def __init__(self, queue: CommandQueue, mesh: Any):
         self.queue, self.sequence, self.mesh = queue, queue.enqueued, mesh
-
-
-def wait_on_queue(queue: CommandQueue, event: Event) -> None:
-    """Make `queue` stall until `event` is reached; what `event` covers may then be used on `queue`."""
-    queue.seen[event.queue] = max(queue.seen.get(event.queue, 0), event.sequence)
-    if event.queue is not queue and event.queue.completed < event.sequence:
-        queue.submit("wait_for_event", lambda: event.queue.wait(event.sequence), waits=True)

@@ -7,26 +7,27 @@ error on both ranks that names both sides.
 
 from __future__ import annotations
 
-import json
 import os
 import queue as queues
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from disagg_tt.device.emulator import distributed
+from disagg_tt.device.emulator.channel import Channel, LocalChannel, MpiChannel
 from disagg_tt.device.emulator.mesh import MeshDevice, fabric_config
 from disagg_tt.device.emulator.numeric import pack, unpack
-from disagg_tt.device.emulator.tensor import Tensor, _check_order, on_device, whole
-from disagg_tt.device.emulator.types import BufferType, CoreCoord, FabricConfig, MeshCoordinate, Spec
+from disagg_tt.device.emulator.spec import Spec
+from disagg_tt.device.emulator.tensor import Tensor, launch_in_place, on_device, reads, whole
+from disagg_tt.device.emulator.types import BufferType, CoreCoord, FabricConfig, MeshCoordinate
 from disagg_tt.errors import DeviceError
 
 HANDSHAKE_S = 10.0  # ttnn's own, fixed
+CONTROL_BYTES = 64  # of L1 on each core of either end, for counters
 LINKS = 2  # fabric links between the two boards, so at most that many connections a chip
-MAX_NOTE = 4096
 
 
 @dataclass(frozen=True)
@@ -65,123 +66,69 @@ class SocketConfig:
         self.sender_rank, self.receiver_rank = sender_rank, receiver_rank
 
 
-class Channel(Protocol):
-    """Moves notes (JSON) and payloads one way and short answers back, in order."""
-
-    def put(self, note: dict[str, Any], payload: torch.Tensor | None) -> None: ...
-    def get_note(self, what: str, timeout_s: float | None = None) -> dict[str, Any]: ...
-    def get_payload(self, size: int, what: str) -> torch.Tensor: ...
-
-
-class LocalChannel:
-    """Both ends in one process; `back` is the channel of the other direction."""
-
-    def __init__(self, inbox: Any, outbox: Any):
-        self._inbox, self._outbox, self._payload = inbox, outbox, None
-
-    def put(self, note: dict[str, Any], payload: torch.Tensor | None) -> None:
-        self._outbox.put((note, payload))
-
-    def get_note(self, what: str, timeout_s: float | None = None) -> dict[str, Any]:
-        try:
-            note, self._payload = self._inbox.get(timeout=timeout_s or distributed.operation_timeout_s())
-        except queues.Empty:
-            raise DeviceError(f"{what} did not happen in time") from None
-        return note  # type: ignore[no-any-return]
-
-    def get_payload(self, size: int, what: str) -> torch.Tensor:
-        assert self._payload is not None
-        return self._payload  # type: ignore[no-any-return]
-
-
-class MpiChannel:
-    """The other end is another rank. Notes and payloads have tags of their own, so they cannot be confused."""
-
-    def __init__(self, peer: int, number: int, sender: bool):
-        self._comm, self._peer = distributed.communicator(), peer
-        base = 1000 + 4 * number
-        self._out, self._in = (base, base + 2) if sender else (base + 2, base)
-
-    def put(self, note: dict[str, Any], payload: torch.Tensor | None) -> None:
-        text = json.dumps(note).encode()[:MAX_NOTE]
-        requests = [self._comm.Isend(bytearray(text), dest=self._peer, tag=self._out)]
-        if payload is not None:
-            requests.append(self._comm.Isend(payload.numpy(), dest=self._peer, tag=self._out + 1))
-        for request in requests:
-            distributed.poll(request.Test, f"rank {self._peer} taking {note}")
-
-    def get_note(self, what: str, timeout_s: float | None = None) -> dict[str, Any]:
-        from mpi4py import MPI
-
-        data, status = bytearray(MAX_NOTE), MPI.Status()
-        request = self._comm.Irecv(data, source=self._peer, tag=self._in)
-        try:
-            distributed.poll(lambda: request.Test(status), what, timeout_s)
-        except DeviceError:
-            request.Cancel()
-            raise
-        return json.loads(bytes(data[: status.Get_count(MPI.BYTE)]))  # type: ignore[no-any-return]
-
-    def get_payload(self, size: int, what: str) -> torch.Tensor:
-        data = torch.empty(size, dtype=torch.uint8)
-        request = self._comm.Irecv(data.numpy(), source=self._peer, tag=self._in + 1)
-        distributed.poll(request.Test, what)
-        return data
-
-
-_numbers: Counter[tuple[int, int]] = Counter()
-
-
 class MeshSocket:
-    """One end of a connection between two meshes. Creating it meets the other end, within 10 s."""
+    """One end of a connection between two meshes. Creating it meets the other end, within 10 s.
+
+    The receiving end holds the FIFO in L1 of its cores or in DRAM, as its memory config says. `bytes_written` counts the
+    packed payload that this end gave to the transport.
+    """
 
     def __init__(
-        self,
-        device: MeshDevice,
-        config: SocketConfig,
-        *,
-        channel: Channel | None = None,
-        sender: bool | None = None,
+        self, device: MeshDevice, config: SocketConfig, *, end: tuple[bool, Channel, str] | None = None
     ):
         self._mesh, self._config = device, config
         self._next = 0
-        self.bytes_written = 0  # payload bytes given to the transport, packed
-        _check_config(config, device)
-        if channel is not None:
-            assert sender is not None
-            self._sends, self._channel, self._peer = sender, channel, "the other mesh of this process"
-            return
-        me = distributed.distributed_context_get_rank()
-        ends = _ranks(config)
-        if me not in ends or ends[0] == ends[1]:
-            raise DeviceError(
-                f"socket from rank {ends[0]} to rank {ends[1]} made on rank {me}; it must be made on those two"
-            )
-        self._sends = me == ends[0]
-        peer = ends[1] if self._sends else ends[0]
-        self._peer = f"rank {peer}"
-        _numbers[ends] += 1
-        self._channel = MpiChannel(peer, _numbers[ends], self._sends)
-        self._meet(me, peer)
+        self.bytes_written = 0
+        self._taken: list[tuple[BufferType, int]] = []
+        _check_config(config)
+        self._sends, self._channel, self._peer = end or _meet(config)
+        self._take(BufferType.L1, CONTROL_BYTES)
+        if not self._sends:
+            memory = config.memory_config
+            self._take(memory.socket_storage_type, memory.fifo_size)
 
-    def _meet(self, me: int, peer: int) -> None:
-        mine = {"connections": len(self._config.connections), "fifo": self._config.memory_config.fifo_size}
-        self._channel.put(mine, None)
-        theirs = self._channel.get_note(
-            f"rank {me}: timed out trying to establish a socket connection (make sockets on both ranks before weights and "
-            f"compute): rank {peer} making its end",
-            HANDSHAKE_S,
-        )
-        if theirs != mine:
-            raise DeviceError(
-                f"socket ends differ: rank {me} has {mine}, rank {peer} has {theirs}; give both the same config"
-            )
+    def _take(self, kind: BufferType, size: int) -> None:
+        self._mesh.memory.take(kind, size, "a MeshSocket")
+        self._taken.append((kind, size))
+
+    def __del__(self) -> None:
+        for kind, size in getattr(self, "_taken", ()):
+            self._mesh.memory.release(kind, size)
 
     def get_mesh_device(self) -> MeshDevice:
         return self._mesh
 
 
-def _check_config(config: SocketConfig, mesh: MeshDevice) -> None:
+_numbers: Counter[tuple[int, int]] = Counter()
+
+
+def _meet(config: SocketConfig) -> tuple[bool, Channel, str]:
+    """Meet the other rank's end; return whether this one sends, the channel between them, and the peer's name."""
+    me = distributed.distributed_context_get_rank()
+    ends = _ranks(config)
+    if me not in ends or ends[0] == ends[1]:
+        raise DeviceError(
+            f"socket from rank {ends[0]} to rank {ends[1]} made on rank {me}; it must be made on those two"
+        )
+    sends = me == ends[0]
+    peer = ends[1] if sends else ends[0]
+    _numbers[ends] += 1
+    channel = MpiChannel(peer, _numbers[ends], sends)
+    mine = {"connections": len(config.connections), "fifo": config.memory_config.fifo_size}
+    channel.put(mine, None)
+    theirs = channel.get_note(
+        f"rank {me}: timed out trying to establish a socket connection (make sockets on both ranks before weights and "
+        f"compute): rank {peer} making its end",
+        HANDSHAKE_S,
+    )
+    if theirs != mine:
+        raise DeviceError(
+            f"socket ends differ: rank {me} has {mine}, rank {peer} has {theirs}; give both the same config"
+        )
+    return sends, channel, f"rank {peer}"
+
+
+def _check_config(config: SocketConfig) -> None:
     if fabric_config() is FabricConfig.DISABLED:
         raise DeviceError(
             "MeshSocket without a fabric; call set_fabric_config(FabricConfig.FABRIC_2D) before opening the mesh"
@@ -219,9 +166,10 @@ def create_socket_pair(
     """Return the two ends of a socket between two meshes of this process."""
     there: Any = queues.Queue()
     back: Any = queues.Queue()
+    name = "the other mesh of this process"
     return (
-        MeshSocket(sender, config, channel=LocalChannel(back, there), sender=True),
-        MeshSocket(receiver, config, channel=LocalChannel(there, back), sender=False),
+        MeshSocket(sender, config, end=(True, LocalChannel(back, there), name)),
+        MeshSocket(receiver, config, end=(False, LocalChannel(there, back), name)),
     )
 
 
@@ -262,21 +210,14 @@ def _begin(
     return mesh, socket._next, _describe(tensor.spec, direct)
 
 
-def _send(what: str, tensor: Tensor, socket: MeshSocket, direct: bool) -> None:
+def _send(what: str, tensor: Tensor, socket: MeshSocket, direct: bool) -> list[Tensor]:
     mesh, number, mine = _begin(what, tensor, socket, True, direct)
-    queue, storage, spec = mesh.queue(), tensor._storage, tensor.spec
-    _check_order(what, queue, storage)
+    queue, values, spec = mesh.queue(), tensor._values, tensor.spec
+    reads(what, queue, tensor)
 
     def work() -> None:
-        values = whole(storage.data, spec).expand(mesh.get_num_devices(), *spec.shape)
-        grow = [
-            n
-            for have, want in zip(reversed(spec.shape), reversed(spec.padded_shape), strict=True)
-            for n in (0, want - have)
-        ]
-        if any(grow):
-            values = torch.nn.functional.pad(values, grow)
-        payload = pack(values, spec.dtype)
+        shards = whole(values.data, spec).expand(mesh.get_num_devices(), *spec.shape)
+        payload = pack(_padded(shards, spec), spec.dtype)
         socket._channel.put({"number": number, "bytes": payload.numel(), **mine}, payload)
         socket.bytes_written += payload.numel()
         answer = socket._channel.get_note(
@@ -285,22 +226,26 @@ def _send(what: str, tensor: Tensor, socket: MeshSocket, direct: bool) -> None:
         if answer["error"]:
             raise DeviceError(answer["error"])
 
-    sequence = queue.submit(what, work, waits=True)
-    storage.readers = [r for r in storage.readers or () if r[0].completed < r[1]] + [(queue, sequence)]
+    queue.submit(what, work, waits=True)
+    return []
 
 
-def _receive(what: str, tensor: Tensor, socket: MeshSocket, direct: bool) -> None:
+def _padded(shards: torch.Tensor, spec: Spec) -> torch.Tensor:
+    """Return [chips, *padded shape]: what travels is whole pages."""
+    grow = [w - h for h, w in zip(reversed(spec.shape), reversed(spec.padded_shape), strict=True)]
+    return torch.nn.functional.pad(shards, [n for g in grow for n in (0, g)]) if any(grow) else shards
+
+
+def _receive(what: str, tensor: Tensor, socket: MeshSocket, direct: bool) -> list[Tensor]:
     mesh, number, mine = _begin(what, tensor, socket, False, direct)
-    queue, storage, spec = mesh.queue(), tensor._storage, tensor.spec
-    _check_order(what, queue, storage)
+    spec = tensor.spec
 
-    def work() -> None:
+    def receive() -> torch.Tensor:
         theirs = socket._channel.get_note(
             f"{what} number {number} into {mine}: a matching send on {socket._peer}"
         )
         size = theirs.pop("bytes")
         expected = {"number": number, **mine}
-        shape = (mesh.get_num_devices(), *spec.padded_shape)
         if theirs != expected:
             error = (
                 f"socket transfer mismatch: {socket._peer} sends {theirs}, this rank receives {expected}; on hardware this hangs "
@@ -311,30 +256,29 @@ def _receive(what: str, tensor: Tensor, socket: MeshSocket, direct: bool) -> Non
         payload = socket._channel.get_payload(
             size, f"{what} number {number}: {size} bytes from {socket._peer}"
         )
-        values = unpack(payload, shape, spec.dtype)
-        storage.data = values[tuple(slice(0, d) for d in (values.shape[0], *spec.shape))]
-        storage.memo = None
+        shards = unpack(payload, (mesh.get_num_devices(), *spec.padded_shape), spec.dtype)
         socket._channel.put({"error": ""}, None)
+        return shards[tuple(slice(0, d) for d in (shards.shape[0], *spec.shape))]
 
-    storage.writer = queue
-    storage.written = queue.submit(what, work, waits=True)
-
-
-def send_async(input_tensor: Tensor, mesh_socket: MeshSocket) -> None:
-    """Enqueue sending each chip's shard through the socket's FIFO."""
-    _send("send_async", input_tensor, mesh_socket, direct=False)
+    launch_in_place(what, tensor, receive, waits=True)
+    return [tensor]
 
 
-def recv_async(output_tensor: Tensor, mesh_socket: MeshSocket) -> None:
-    """Enqueue receiving into a tensor of the sender's spec."""
-    _receive("recv_async", output_tensor, mesh_socket, direct=False)
+def send_async(input_tensor: Tensor, mesh_socket: MeshSocket) -> list[Tensor]:
+    """Enqueue sending each chip's shard through the socket's FIFO; returns no tensors."""
+    return _send("send_async", input_tensor, mesh_socket, direct=False)
 
 
-def send_direct_async(input_tensor: Tensor, mesh_socket: MeshSocket) -> None:
-    """Enqueue sending straight into the receiver's tensor."""
-    _send("send_direct_async", input_tensor, mesh_socket, direct=True)
+def recv_async(output_tensor: Tensor, mesh_socket: MeshSocket) -> list[Tensor]:
+    """Enqueue receiving into a tensor of the sender's spec, and return it."""
+    return _receive("recv_async", output_tensor, mesh_socket, direct=False)
 
 
-def recv_direct_async(output_tensor: Tensor, mesh_socket: MeshSocket) -> None:
-    """Enqueue being written by the sender."""
-    _receive("recv_direct_async", output_tensor, mesh_socket, direct=True)
+def send_direct_async(input_tensor: Tensor, mesh_socket: MeshSocket) -> list[Tensor]:
+    """Enqueue sending straight into the receiver's tensor; returns no tensors."""
+    return _send("send_direct_async", input_tensor, mesh_socket, direct=True)
+
+
+def recv_direct_async(output_tensor: Tensor, mesh_socket: MeshSocket) -> list[Tensor]:
+    """Enqueue being written by the sender, and return the tensor."""
+    return _receive("recv_direct_async", output_tensor, mesh_socket, direct=True)

@@ -24,7 +24,7 @@ import torch
 from disagg_tt.device.emulator.mesh import MeshDevice
 from disagg_tt.device.emulator.queue import CommandQueue
 from disagg_tt.device.emulator.spec import Spec
-from disagg_tt.device.emulator.types import Layout, MemoryConfig
+from disagg_tt.device.emulator.types import MemoryConfig
 from disagg_tt.errors import DeviceError
 
 
@@ -84,7 +84,7 @@ class Buffer:
 
     def _release(self) -> None:
         self.freed = True
-        self.mesh.memory.release(self.spec, self.per_bank)
+        self.mesh.memory.release(self.spec.memory_config.buffer_type, self.per_bank)
 
     def _still_read(self) -> DeviceError | None:
         for queue, sequence in self.readers or ():
@@ -160,7 +160,9 @@ def on_device(what: str, *tensors: Tensor) -> MeshDevice:
     for tensor in tensors:
         if type(tensor) is not Tensor:
             if isinstance(tensor, Shard):
-                raise DeviceError(f"{what}: {tensor!r} is one chip's shard, which can only be read; use the whole tensor")
+                raise DeviceError(
+                    f"{what}: {tensor!r} is one chip's shard, which can only be read; use the whole tensor"
+                )
             raise DeviceError(
                 f"{what}: a {type(tensor).__name__} where a ttnn tensor is needed; convert it with from_torch"
             )
@@ -196,7 +198,9 @@ def reads(what: str, queue: CommandQueue, tensor: Tensor) -> None:
         )
     buffer = tensor._buffer
     assert buffer is not None
-    buffer.readers = [r for r in buffer.readers or () if not r[0].host_knows(r[1])] + [(queue, queue.enqueued + 1)]
+    buffer.readers = [r for r in buffer.readers or () if not r[0].host_knows(r[1])] + [
+        (queue, queue.enqueued + 1)
+    ]
 
 
 def writes(what: str, queue: CommandQueue, tensor: Tensor) -> None:
@@ -204,7 +208,9 @@ def writes(what: str, queue: CommandQueue, tensor: Tensor) -> None:
     buffer = tensor._buffer
     assert buffer is not None
     if buffer.viewed and sys.getrefcount(buffer) > 3:  # the tensor's, this function's and the call's
-        raise DeviceError(f"{what} into {tensor.spec!r}, of which a view is alive; the emulator does not write through views")
+        raise DeviceError(
+            f"{what} into {tensor.spec!r}, of which a view is alive; the emulator does not write through views"
+        )
     for reader, sequence in buffer.readers or ():
         if reader is not queue and not queue.knows(reader, sequence) and not reader.host_knows(sequence):
             raise DeviceError(
@@ -235,7 +241,11 @@ def view(what: str, spec: Spec, compute: Callable[[torch.Tensor], torch.Tensor],
 
 
 def _submit(
-    what: str, mesh: MeshDevice, out: Values, compute: Callable[..., torch.Tensor], tensors: tuple[Tensor, ...]
+    what: str,
+    mesh: MeshDevice,
+    out: Values,
+    compute: Callable[..., torch.Tensor],
+    tensors: tuple[Tensor, ...],
 ) -> None:
     queue = mesh.queue()
     if mesh.has_several_queues:

@@ -83,43 +83,39 @@ def from_torch(
     if values.data_ptr() == tensor.data_ptr():
         values = values.clone()
     if device is None:
-        return Tensor(spec, None, Storage(None, spec, values))
-    out = Storage(device, spec, values.contiguous())
-    out.writer = queue = device.queue()
-    out.written = queue.enqueued
-    return Tensor(spec, device, out)
+        return Tensor(spec, None, Values(values))
+    return Tensor(spec, device, Values(values.contiguous(), device.queue()))
 
 
 def to_torch(tensor: Tensor, *, mesh_composer: ConcatMeshToTensor | None = None) -> torch.Tensor:
     """Return a tensor's values once they are computed; a multi-chip tensor needs a composer or get_device_tensors."""
-    storage = tensor._storage
-    if storage.freed:
-        raise DeviceError(f"to_torch: {tensor.spec!r} was deallocated; read it before it is freed")
-    if tensor._mesh is not None:
-        queue = tensor._mesh.queue()
-        _check_order("a host read", queue, storage)
+    mesh, chips = tensor._mesh, 1
+    if mesh is not None:
+        if not tensor.is_allocated():
+            raise DeviceError(f"to_torch: {tensor.spec!r} was deallocated; read it before it is freed")
+        queue, chips = mesh.queue(), mesh.get_num_devices()
+        reads("to_torch", queue, tensor)
         queue.wait()
-    values = whole(storage.data, tensor.spec)
-    chips = 1 if tensor._mesh is None else tensor._mesh.get_num_devices()
-    if mesh_composer is not None:
-        values = torch.cat(list(values.expand(chips, *values.shape[1:])), dim=mesh_composer.dim)
-    elif values.shape[0] > 1 or (tensor._mesh is not None and chips > 1):
+    values = whole(tensor._values.data, tensor.spec)
+    if isinstance(tensor, Shard):
+        values = values[min(tensor.chip, values.shape[0] - 1)]
+    elif mesh_composer is not None:
+        values = torch.cat(
+            list(values.expand(max(chips, values.shape[0]), *values.shape[1:])), dim=mesh_composer.dim
+        )
+    elif max(chips, values.shape[0]) > 1:
         raise DeviceError(
-            f"to_torch: a tensor on {chips} chips; pass mesh_composer=ConcatMeshToTensor(mesh, dim), or read one chip with get_device_tensors"
+            f"to_torch: a tensor on {max(chips, values.shape[0])} chips; pass mesh_composer=ConcatMeshToTensor(mesh, dim), "
+            "or read one chip with get_device_tensors"
         )
     else:
         values = values[0]
-    return values.to(_HOST_DTYPE.get(tensor.dtype, torch.float32)).clone()
+    return values.to(_HOST_DTYPE.get(tensor.dtype, torch.float32), copy=True)
 
 
 def get_device_tensors(tensor: Tensor) -> list[Tensor]:
     """Return each chip's shard as a tensor of its own, for reading."""
-    mesh = on_device("get_device_tensors", tensor)
-    mesh.queue().wait()
-    _check_order("get_device_tensors", mesh.queue(), tensor._storage)
-    data = tensor._storage.data
-    shards = data.expand(mesh.get_num_devices(), *data.shape[1:])
-    return [Tensor(tensor.spec, None, Storage(None, tensor.spec, shard[None])) for shard in shards]
+    return [Shard(tensor, chip) for chip in range(on_device("get_device_tensors", tensor).get_num_devices())]
 
 
 def allocate_tensor_on_device(spec: Any, *args: Any) -> Tensor:
@@ -129,23 +125,34 @@ def allocate_tensor_on_device(spec: Any, *args: Any) -> Tensor:
     else:
         dtype, layout, mesh, *rest = args
         made = make_spec(spec, dtype, layout, rest[0] if rest else None)
-    return _filled(made, mesh, float("nan") if made.dtype.is_float else -1)
+    return Tensor(made, mesh, Values(None, mesh.queue()))
 
 
-def zeros(shape: Any, dtype: DataType = DataType.BFLOAT16, layout: Layout = Layout.ROW_MAJOR,
-          device: MeshDevice | None = None, memory_config: MemoryConfig | None = None) -> Tensor:  # fmt: skip
-    """Return a device tensor of zeros, the same on every chip."""
-    return _filled(make_spec(shape, dtype, layout, memory_config), device, 0)
+def zeros(
+    shape: Any,
+    dtype: DataType = DataType.BFLOAT16,
+    layout: Layout = Layout.ROW_MAJOR,
+    device: MeshDevice | None = None,
+    memory_config: MemoryConfig | None = None,
+) -> Tensor:
+    """Return a tensor of zeros, the same on every chip of `device`, or on the host without one."""
+    spec = make_spec(shape, dtype, layout, memory_config)
+    data = torch.zeros(1, dtype=dtype.storage).expand(1, *spec.shape)
+    return Tensor(spec, device, Values(data, None if device is None else device.queue()))
 
 
-def _filled(spec: Spec, mesh: MeshDevice | None, value: float) -> Tensor:
-    chips = 1 if mesh is None else mesh.get_num_devices()
-    data = torch.full((1,), value, dtype=spec.dtype.storage).expand(chips, *spec.shape)
-    storage = Storage(mesh, spec, data)
-    if mesh is not None:
-        storage.writer = mesh.queue()
-        storage.written = storage.writer.enqueued
-    return Tensor(spec, mesh, storage)
+def zeros_like(tensor: Tensor, *, optional_tensor: Tensor | None = None) -> Tensor:
+    """Return a device tensor of zeros of `tensor`'s spec; given `optional_tensor`, that is filled and returned."""
+    mesh, spec = on_device("zeros_like", tensor), tensor.spec
+    if optional_tensor is None:
+        return zeros(spec.shape, spec.dtype, spec.layout, mesh, spec.memory_config)
+    if optional_tensor.spec is not spec:
+        raise DeviceError(
+            f"zeros_like: optional_tensor {optional_tensor.spec!r} for a tensor {spec!r}; they must be alike"
+        )
+    values = torch.zeros(1, dtype=spec.dtype.storage).expand(1, *spec.shape)
+    launch_in_place("zeros_like", optional_tensor, lambda: values)
+    return optional_tensor
 
 
 def copy_host_to_device_tensor(host_tensor: Tensor, device_tensor: Tensor, cq_id: int | None = None) -> None:
@@ -159,15 +166,10 @@ def copy_host_to_device_tensor(host_tensor: Tensor, device_tensor: Tensor, cq_id
         raise DeviceError(
             f"copy_host_to_device_tensor: host {host!r} into device {target!r}; shape, dtype and layout must match"
         )
-    values = host_tensor._storage.data
-    storage = device_tensor._storage
-
-    def write(_: torch.Tensor) -> None:
-        storage.data = values
-
-    launch_in_place("copy_host_to_device_tensor", device_tensor, write)
+    values = whole(host_tensor._values.data, host)
+    launch_in_place("copy_host_to_device_tensor", device_tensor, lambda: values)
 
 
 def deallocate(tensor: Tensor, force: bool = True) -> None:
-    """Free a tensor's memory now."""
+    """Free a tensor's memory now, and with it every view of it."""
     tensor.deallocate(force)

@@ -212,7 +212,7 @@ class MemoryConfig:
         object.__setattr__(self, "_hash", hash((self.memory_layout, self.buffer_type, self.shard_spec)))
 
     def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined, no-any-return]
+        return self._hash  # type: ignore[attr-defined]
 
     def is_sharded(self) -> bool:
         return self.memory_layout is not TensorMemoryLayout.INTERLEAVED

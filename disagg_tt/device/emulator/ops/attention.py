@@ -10,174 +10,19 @@ import torch.nn.functional as F
 from disagg_tt.device.emulator.numeric import round_on_device
 from disagg_tt.device.emulator.ops.cache import addresses, as_pool
 from disagg_tt.device.emulator.ops.plan import need, need_dtype, need_tile, placed
-from disagg_tt.device.emulator.tensor import Tensor, launch, on_device
+from disagg_tt.device.emulator.spec import Spec, make_spec
+from disagg_tt.device.emulator.tensor import Tensor, launch
 from disagg_tt.device.emulator.types import (
     TILE_SIZE,
-    BufferType,
     DataType,
     Layout,
     MemoryConfig,
     SDPAProgramConfig,
-    ShardSpec,
-    Spec,
     TensorMemoryLayout,
     WormholeComputeKernelConfig,
-    make_spec,
-    num_cores_to_corerangeset,
 )
 
 BF16 = DataType.BFLOAT16
-
-
-def _on_cores(cores: int, height: int, width: int, layout: TensorMemoryLayout, grid: object) -> MemoryConfig:
-    shard = ShardSpec(num_cores_to_corerangeset(cores, grid, True), (height, width))  # type: ignore[arg-type]
-    return MemoryConfig(layout, BufferType.L1, shard)
-
-
-# ---------------------------------------------------------------- heads
-
-
-@lru_cache(maxsize=1024)
-def _split_plan(a: Spec, heads: int, kv_heads: int, memory_config: MemoryConfig | None) -> tuple[Spec, Spec]:
-    op = "nlp_create_qkv_heads"
-    need_tile(op, input=a)
-    parts = heads + 2 * kv_heads
-    need(a.shape[0] >= 1 and a.shape[1] == 1, op, f"input {list(a.shape)} must be [batch, 1, tokens, width]")
-    need(
-        a.shape[-1] % parts == 0,
-        op,
-        f"width {a.shape[-1]} for {heads} q and 2 x {kv_heads} kv heads; it must be a multiple of {parts}",
-    )
-    dim, place = a.shape[-1] // parts, placed(memory_config)
-    need(dim % TILE_SIZE == 0, op, f"head_dim {dim}; it must be a multiple of {TILE_SIZE}")
-    q = make_spec((a.shape[0], heads, a.shape[2], dim), a.dtype, Layout.TILE, place)
-    kv = make_spec((a.shape[0], kv_heads, a.shape[2], dim), a.dtype, Layout.TILE, place)
-    return q, kv
-
-
-def nlp_create_qkv_heads(
-    input: Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int | None = None,
-    transpose_k_heads: bool = True,
-    memory_config: MemoryConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Split [1, 1, S, width] into q [1, heads, S, D] and k, v [1, kv_heads, S, D]."""
-    kv_heads = num_kv_heads or num_heads
-    need(not transpose_k_heads, "nlp_create_qkv_heads", "transpose_k_heads=True is not emulated; pass False")
-    q, kv = _split_plan(input.spec, num_heads, kv_heads, memory_config)
-
-    def part(name: str, spec: Spec, first: int) -> Tensor:
-        heads, dim = spec.shape[1], spec.shape[3]
-
-        def compute(a: torch.Tensor) -> torch.Tensor:
-            columns = a[..., first * dim : (first + heads) * dim]
-            return columns.reshape(a.shape[0], a.shape[1], a.shape[3], heads, dim).transpose(2, 3)
-
-        return launch(name, spec, compute, input)
-
-    name = "nlp_create_qkv_heads"
-    return part(name, q, 0), part(name, kv, num_heads), part(name, kv, num_heads + kv_heads)
-
-
-@lru_cache(maxsize=1024)
-def _split_decode_plan(a: Spec, heads: int, kv_heads: int, grid: object) -> tuple[Spec, Spec]:
-    op = "nlp_create_qkv_heads_decode"
-    need_tile(op, input=a)
-    need_dtype(op, "input", a, BF16, DataType.FLOAT32)
-    batch = a.shape[2]
-    need(
-        a.shape[:2] == (1, 1) and 1 <= batch <= 32,
-        op,
-        f"input {list(a.shape)} must be [1, 1, batch, width], batch 1..32",
-    )
-    need(heads <= TILE_SIZE, op, f"{heads} heads on a chip; at most {TILE_SIZE}")
-    dim = a.shape[-1] // (heads + 2 * kv_heads)
-    need(
-        dim * (heads + 2 * kv_heads) == a.shape[-1] and dim % TILE_SIZE == 0,
-        op,
-        f"width {a.shape[-1]} does not split into heads",
-    )
-
-    def spec(count: int) -> Spec:
-        place = _on_cores(batch, TILE_SIZE, dim, TensorMemoryLayout.HEIGHT_SHARDED, grid)
-        return make_spec((1, batch, count, dim), a.dtype, Layout.TILE, place)
-
-    return spec(heads), spec(kv_heads)
-
-
-def nlp_create_qkv_heads_decode(
-    input: Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int | None = None,
-    memory_config: MemoryConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Split [1, 1, batch, width] into q [1, batch, heads, D] and k, v [1, batch, kv_heads, D], one user a core."""
-    op = "nlp_create_qkv_heads_decode"
-    kv_heads = num_kv_heads or num_heads
-    need(
-        memory_config is None or memory_config.is_sharded(),
-        op,
-        f"memory_config {memory_config!r} must be height sharded",
-    )
-    grid = on_device(op, input).compute_with_storage_grid_size()
-    q, kv = _split_decode_plan(input.spec, num_heads, kv_heads, grid)
-
-    def part(spec: Spec, first: int) -> Tensor:
-        batch, heads, dim = spec.shape[1:]
-
-        def compute(a: torch.Tensor) -> torch.Tensor:
-            return a[..., :batch, first * dim : (first + heads) * dim].reshape(
-                a.shape[0], 1, batch, heads, dim
-            )
-
-        return launch(op, spec, compute, input)
-
-    return part(q, 0), part(kv, num_heads), part(kv, num_heads + kv_heads)
-
-
-@lru_cache(maxsize=1024)
-def _join_plan(a: Spec, memory_config: MemoryConfig | None) -> Spec:
-    op = "nlp_concat_heads"
-    need_tile(op, input=a)
-    need(len(a.shape) == 4, op, f"input {list(a.shape)} must be [batch, heads, tokens, head_dim]")
-    batch, heads, tokens, dim = a.shape
-    return make_spec(
-        (batch, 1, tokens, heads * dim), a.dtype, Layout.TILE, placed(memory_config, a.memory_config)
-    )
-
-
-def nlp_concat_heads(input: Tensor, *, memory_config: MemoryConfig | None = None) -> Tensor:
-    """Join [1, heads, S, D] into [1, 1, S, heads * D]."""
-    spec = _join_plan(input.spec, memory_config)
-
-    def compute(a: torch.Tensor) -> torch.Tensor:
-        return a.transpose(2, 3).reshape(a.shape[0], *spec.shape)
-
-    return launch("nlp_concat_heads", spec, compute, input)
-
-
-@lru_cache(maxsize=1024)
-def _join_decode_plan(a: Spec, heads: int, grid: object) -> Spec:
-    op = "nlp_concat_heads_decode"
-    need_tile(op, input=a)
-    need(
-        a.memory_config.memory_layout is TensorMemoryLayout.HEIGHT_SHARDED,
-        op,
-        f"input {a!r} must be height sharded",
-    )
-    need(a.shape[2] == heads, op, f"num_heads {heads} for input {list(a.shape)}, which has {a.shape[2]}")
-    place = _on_cores(heads, TILE_SIZE, a.shape[3], TensorMemoryLayout.WIDTH_SHARDED, grid)
-    return make_spec((1, 1, TILE_SIZE, heads * a.shape[3]), a.dtype, Layout.TILE, place)
-
-
-def nlp_concat_heads_decode(input: Tensor, *, num_heads: int) -> Tensor:
-    """Join [1, batch, heads, D] into [1, 1, 32, heads * D]; rows past the batch are undefined."""
-    grid = on_device("nlp_concat_heads_decode", input).compute_with_storage_grid_size()
-    spec = _join_decode_plan(input.spec, num_heads, grid)
-    return launch("nlp_concat_heads_decode", spec, lambda a: a.reshape(*a.shape[:3], -1), input)
 
 
 # ---------------------------------------------------------------- rotary embedding
@@ -190,6 +35,13 @@ def _rope_plan(a: Spec, cos: Spec, sin: Spec, decode: bool, memory_config: Memor
     need_dtype(op, "cos", cos, BF16)
     need(cos.shape == sin.shape, op, f"cos {list(cos.shape)} and sin {list(sin.shape)} differ")
     need(cos.shape[-1] == a.shape[-1], op, f"cos width {cos.shape[-1]} for head_dim {a.shape[-1]}")
+    width = a.shape[-1]
+    need(width == TILE_SIZE or width % 64 == 0, op, f"head_dim {width}; it must be 32 or a multiple of 64")
+    need(
+        cos.shape[0] == 1 and len(a.shape) == len(cos.shape) == 4,
+        op,
+        f"cos {list(cos.shape)} must be [1, 1, positions, head_dim]",
+    )
     if decode:
         sharded = TensorMemoryLayout.HEIGHT_SHARDED
         for name, spec in (("input", a), ("cos", cos), ("sin", sin)):
@@ -200,6 +52,7 @@ def _rope_plan(a: Spec, cos: Spec, sin: Spec, decode: bool, memory_config: Memor
             )
         need(cos.shape[1] == a.shape[1], op, f"cos for {cos.shape[1]} users, input for {a.shape[1]}")
     else:
+        need(cos.shape[1] == 1, op, f"cos {list(cos.shape)} must be [1, 1, positions, head_dim] in prefill")
         need(
             cos.shape[2] >= a.shape[2], op, f"cos has {cos.shape[2]} positions, the input {a.shape[2]} tokens"
         )
@@ -238,7 +91,10 @@ def _sdpa_plan(
 ) -> Spec:
     op = "scaled_dot_product_attention"
     need_tile(op, q=q, k=k, v=v)
+    for name, given in (("q", q), ("k", k), ("v", v)):
+        need_dtype(op, name, given, BF16, DataType.BFLOAT8_B, DataType.BFLOAT4_B)
     need(k.shape == v.shape, op, f"k {list(k.shape)} and v {list(v.shape)} differ")
+    need(len(q.shape) == len(k.shape) == 4, op, f"q {list(q.shape)} must be [batch, heads, tokens, head_dim]")
     need(
         q.shape[-1] == k.shape[-1] and q.shape[0] == k.shape[0],
         op,
@@ -282,11 +138,12 @@ def scaled_dot_product_attention(
     group = input_tensor_q.shape[1] // input_tensor_k.shape[1]
 
     def compute(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        chips = max(x.shape[0] for x in (q, k, v))
+        q, k, v = (x.expand(chips, *x.shape[1:]).flatten(0, 1) for x in (q, k, v))
         if group > 1:
             k, v = (x[:, :, None].expand(-1, -1, group, -1, -1).reshape(q.shape) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        return round_on_device(out, spec.dtype)[:, None]
+        return round_on_device(out, spec.dtype).view(chips, *spec.shape)
 
     return launch(
         "scaled_dot_product_attention", spec, compute, input_tensor_q, input_tensor_k, input_tensor_v
@@ -300,7 +157,14 @@ def _sdpa_decode_plan(
     op = "paged_scaled_dot_product_attention_decode"
     need_tile(op, q=q, k=k, v=v)
     need_dtype(op, "q", q, BF16)
+    for name, pool in (("k", k), ("v", v)):
+        need_dtype(op, name, pool, BF16, DataType.BFLOAT8_B, DataType.BFLOAT4_B)
     need_dtype(op, "page table", pages, DataType.INT32)
+    need(
+        pages.layout is pos.layout is Layout.ROW_MAJOR,
+        op,
+        "the page table and cur_pos must be in ROW_MAJOR layout",
+    )
     need_dtype(op, "cur_pos", pos, DataType.INT32)
     need(k.shape == v.shape, op, f"k pool {list(k.shape)} and v pool {list(v.shape)} differ")
     need(
@@ -338,9 +202,9 @@ def paged_scaled_dot_product_attention_decode(
 
     def compute(qd: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         place = addresses(pos, pages, k.shape[0])
-        chips, _, users, heads, dim = qd.shape
+        users, heads, dim = qd.shape[2:]
         kv_heads = k.shape[1]
-        keys, values = as_pool(k._storage), as_pool(v._storage)
+        keys, values = as_pool(k._values), as_pool(v._values)
         qd = qd.expand(keys.shape[0], *qd.shape[1:]).reshape(
             keys.shape[0], users, kv_heads, heads // kv_heads, dim
         )

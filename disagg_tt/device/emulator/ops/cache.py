@@ -13,8 +13,9 @@ import torch
 
 from disagg_tt.device.emulator.numeric import round_on_device
 from disagg_tt.device.emulator.ops.plan import need, need_dtype, need_tile
-from disagg_tt.device.emulator.tensor import Storage, Tensor, launch_in_place
-from disagg_tt.device.emulator.types import DataType, Layout, Spec
+from disagg_tt.device.emulator.spec import Spec
+from disagg_tt.device.emulator.tensor import Tensor, Values, defined, launch_in_place
+from disagg_tt.device.emulator.types import DataType, Layout
 from disagg_tt.errors import DeviceError
 
 _SPREAD = 2.0  # users are attended one by one when padding them to the longest would cost more than this
@@ -94,12 +95,16 @@ def _locate(pages: torch.Tensor, positions: list[int]) -> Addresses:
 
 def addresses(positions: Tensor, page_table: Tensor, blocks: int) -> Addresses:
     """Return the addresses for this step, derived once for all layers; raises DeviceError for a page outside the pool."""
-    store, table = positions._storage, page_table._storage
+    store, table = positions._values, page_table._values
     if store.memo is None:
         store.memo = {}
-    key = ("addresses", id(table.data))
+    key = ("addresses", id(table.data), blocks)
     known = store.memo.get(key)
     if known is None:
+        if store.data is None or table.data is None:
+            raise DeviceError(
+                "positions or page table were allocated but never written; write them before they are used"
+            )
         where = store.data.reshape(store.data.shape[0], -1)[0].tolist()
         pages = table.data.reshape(table.data.shape[0], *page_table.shape)[0]
         limit = pages.shape[1] * 32
@@ -117,13 +122,23 @@ def addresses(positions: Tensor, page_table: Tensor, blocks: int) -> Addresses:
     return known
 
 
-def as_pool(storage: Storage) -> torch.Tensor:
+def as_pool(values: Values) -> torch.Tensor:
     """Return the pool as [chips, kv_heads, blocks, 32, head_dim], stored in that order from the first use on."""
-    pool = storage.data.transpose(1, 2)
+    pool = values.data.transpose(1, 2)  # type: ignore[union-attr]
     if not pool.is_contiguous():
         pool = pool.contiguous()
-        storage.data = pool.transpose(1, 2)
+        values.data, values.private = pool.transpose(1, 2), True
     return pool
+
+
+def _writable_pool(tensor: Tensor, chips: int) -> torch.Tensor:
+    """Return the pool as `as_pool` does, of at least `chips` chips, and in memory that no other tensor shares."""
+    values = tensor._values
+    if not values.private or values.data.shape[0] < chips:  # type: ignore[union-attr]
+        data = defined(values.data, tensor.spec)
+        data = data.expand(max(chips, data.shape[0]), *data.shape[1:]).transpose(1, 2)
+        values.data, values.private = data.clone(memory_format=torch.contiguous_format).transpose(1, 2), True
+    return as_pool(values)
 
 
 @lru_cache(maxsize=1024)
@@ -154,19 +169,20 @@ def paged_fill_cache(
     _fill_check(cache_tensor.spec, input_tensor.spec, page_table_tensor.spec)
     need(0 <= batch_idx < page_table_tensor.shape[0], "paged_fill_cache",
          f"batch_idx {batch_idx}; the page table has users 0..{page_table_tensor.shape[0] - 1}")  # fmt: skip
-    storage = cache_tensor._storage
 
-    def compute(_: torch.Tensor, values: torch.Tensor, table: torch.Tensor) -> None:
-        pool = as_pool(storage)
+    def compute(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        pool = _writable_pool(cache_tensor, values.shape[0])
         tokens = values.shape[3]
         blocks = table.reshape(-1, table.shape[-1])[batch_idx, : -(-tokens // 32)]
         if int(blocks.min()) < 0 or int(blocks.max()) >= pool.shape[2]:
             raise DeviceError(
-                f"paged_fill_cache: page {int(blocks.max())} is outside the pool's {pool.shape[2]} blocks"
+                f"paged_fill_cache: page {int(blocks.max())} (or {int(blocks.min())}) is outside the pool's "
+                f"{pool.shape[2]} blocks"
             )
         if tokens % 32:
             values = torch.nn.functional.pad(values, (0, 0, 0, 32 - tokens % 32))
         pool[:, :, blocks] = values.reshape(values.shape[0], values.shape[2], -1, 32, values.shape[4])
+        return pool.transpose(1, 2)
 
     launch_in_place("paged_fill_cache", cache_tensor, compute, input_tensor, page_table_tensor)
     return cache_tensor
@@ -200,15 +216,16 @@ def paged_update_cache(
 ) -> Tensor:
     """Write each user's one token [1, users, kv_heads, D] at its position (-1 skips), repacked to the cache's dtype."""
     _update_check(cache_tensor.spec, input_tensor.spec, update_idxs_tensor.spec, page_table.spec)
-    storage, dtype = cache_tensor._storage, cache_tensor.dtype
+    dtype = cache_tensor.dtype
 
-    def compute(_: torch.Tensor, values: torch.Tensor, *__: torch.Tensor) -> None:
-        pool = as_pool(storage)
+    def compute(values: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        pool = _writable_pool(cache_tensor, values.shape[0])
         users, block, offset = addresses(update_idxs_tensor, page_table, pool.shape[2]).writes
         values = values[:, 0] if len(users) == values.shape[2] else values[:, 0, users]
         if dtype is not DataType.BFLOAT16:
             values = round_on_device(values, dtype)
         pool[:, :, block, offset] = values.transpose(1, 2)
+        return pool.transpose(1, 2)
 
     launch_in_place("paged_update_cache", cache_tensor, compute, input_tensor, update_idxs_tensor, page_table)
     return cache_tensor

@@ -9,8 +9,9 @@ import torch
 from disagg_tt.device.emulator.mesh import MeshDevice
 from disagg_tt.device.emulator.numeric import round_on_device
 from disagg_tt.device.emulator.ops.plan import need, need_tile, placed
-from disagg_tt.device.emulator.tensor import Tensor, launch, on_device
-from disagg_tt.device.emulator.types import MemoryConfig, Spec, make_spec
+from disagg_tt.device.emulator.spec import Spec, make_spec
+from disagg_tt.device.emulator.tensor import Tensor, launch, on_device, whole
+from disagg_tt.device.emulator.types import MemoryConfig
 
 
 def _ring(op: str, mesh: MeshDevice, cluster_axis: int | None) -> int:
@@ -32,7 +33,6 @@ def _ring(op: str, mesh: MeshDevice, cluster_axis: int | None) -> int:
 
 @lru_cache(maxsize=1024)
 def _gather_plan(a: Spec, dim: int, chips: int, memory_config: MemoryConfig | None) -> Spec:
-    need(0 <= dim < len(a.shape), "all_gather", f"dim {dim} of a tensor of {len(a.shape)} axes")
     shape = list(a.shape)
     shape[dim] *= chips
     return make_spec(shape, a.dtype, a.layout, placed(memory_config, a.memory_config))
@@ -42,10 +42,19 @@ def all_gather(input_tensor: Tensor, dim: int, *, cluster_axis: int | None = Non
                memory_config: MemoryConfig | None = None) -> Tensor:  # fmt: skip
     """Return all chips' shards joined along `dim`, on every chip."""
     chips = _ring("all_gather", on_device("all_gather", input_tensor), cluster_axis)
-    axis = dim % len(input_tensor.shape)
-    spec = _gather_plan(input_tensor.spec, axis, chips, memory_config)
+    rank = len(input_tensor.shape)
+    need(
+        -rank <= dim < rank,
+        "all_gather",
+        f"dim {dim} of a tensor of {rank} axes; it must be from {-rank} to {rank - 1}",
+    )
+    axis = dim % rank
+    source = input_tensor.spec
+    spec = _gather_plan(source, axis, chips, memory_config)
 
     def compute(a: torch.Tensor) -> torch.Tensor:
+        if axis < rank - 1:
+            a = whole(a, source)
         return torch.cat(list(a.expand(chips, *a.shape[1:])), dim=axis)[None]
 
     return launch("all_gather", spec, compute, input_tensor)

@@ -10,15 +10,14 @@ import torch.nn.functional as F
 
 from disagg_tt.device.emulator.numeric import round_on_device
 from disagg_tt.device.emulator.ops.plan import need, need_dtype, need_tile, placed
+from disagg_tt.device.emulator.spec import Spec, make_spec
 from disagg_tt.device.emulator.tensor import Tensor, launch, launch_in_place
 from disagg_tt.device.emulator.types import (
     DataType,
     Layout,
     MemoryConfig,
-    Spec,
     UnaryOpType,
     WormholeComputeKernelConfig,
-    make_spec,
 )
 
 _ACTIVATIONS: dict[UnaryOpType, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -79,7 +78,7 @@ def mul(
         a, b = _same_rows(a, b)
         for activation in activations:
             a = activation(a)
-        return round_on_device(a.mul_(b) if activations else a * b, spec.dtype)
+        return round_on_device(a.mul_(b) if activations and a.shape[0] >= b.shape[0] else a * b, spec.dtype)
 
     return launch("mul", spec, compute, input_tensor_a, input_tensor_b)
 
@@ -109,6 +108,7 @@ def typecast(input_tensor: Tensor, dtype: DataType, *, memory_config: MemoryConf
 def _norm_plan(a: Spec, weight: Spec, memory_config: MemoryConfig | None) -> Spec:
     op, width = "rms_norm", a.shape[-1]
     need_tile(op, input=a)
+    need_dtype(op, "input", a, DataType.BFLOAT16, DataType.FLOAT32, DataType.BFLOAT8_B)
     need_dtype(op, "weight", weight, DataType.BFLOAT16)
     if weight.layout is Layout.ROW_MAJOR:
         need(
@@ -168,9 +168,17 @@ def plus_one(input_tensor: Tensor, *, skip_negative_entries: bool = False) -> Te
         input_tensor.layout is Layout.ROW_MAJOR, "plus_one", f"input {input_tensor.spec!r} must be ROW_MAJOR"
     )
 
-    def compute(a: torch.Tensor) -> None:
-        # Not add_: the values may still be shared with the host tensor that they were written from.
-        input_tensor._storage.data = a + (a >= 0) if skip_negative_entries else a + 1
+    def compute(a: torch.Tensor) -> torch.Tensor:
+        return a + (a >= 0) if skip_negative_entries else a + 1
 
-    launch_in_place("plus_one", input_tensor, compute)
+    launch_in_place("plus_one", input_tensor, compute, input_tensor)
     return input_tensor
+
+
+def copy(input_a: Tensor, input_b: Tensor) -> Tensor:
+    """Copy the values of `input_a` into `input_b`, of the same shape, dtype and layout, in place; return `input_b`."""
+    a, b = input_a.spec, input_b.spec
+    same = (a.shape, a.dtype, a.layout) == (b.shape, b.dtype, b.layout)
+    need(same, "copy", f"{a!r} into {b!r}; shape, dtype and layout must be the same")
+    launch_in_place("copy", input_b, lambda values: values.clone(), input_a)
+    return input_b

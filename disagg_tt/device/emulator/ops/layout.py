@@ -8,18 +8,15 @@ from functools import lru_cache
 
 import torch
 
-from disagg_tt.device.emulator.ops.plan import need, need_dtype, placed
-from disagg_tt.device.emulator.tensor import Tensor, launch, on_device, whole
-from disagg_tt.device.emulator.types import (
-    TILE_SIZE,
-    DataType,
-    Layout,
-    MemoryConfig,
-    Spec,
-    make_spec,
-    tile_padded,
-)
+from disagg_tt.device.emulator.ops.plan import need, need_dtype, need_tile, placed
+from disagg_tt.device.emulator.spec import Spec, make_spec, tile_padded
+from disagg_tt.device.emulator.tensor import Tensor, launch, view, whole
+from disagg_tt.device.emulator.types import TILE_SIZE, DataType, Layout, MemoryConfig
 from disagg_tt.errors import DeviceError
+
+
+def _same(a: torch.Tensor) -> torch.Tensor:
+    return a
 
 
 @lru_cache(maxsize=1024)
@@ -30,10 +27,11 @@ def _embedding_plan(ids: Spec, table: Spec, layout: Layout, memory_config: Memor
     need(table.layout is Layout.ROW_MAJOR, op, f"table {table!r} must be in ROW_MAJOR layout")
     need(ids.layout is Layout.ROW_MAJOR, op, f"ids {ids!r} must be in ROW_MAJOR layout")
     need(
-        math.prod(ids.shape[1:-1]) == 1,
+        len(ids.shape) >= 2 and math.prod(ids.shape[1:-1]) == 1,
         op,
         f"ids {list(ids.shape)} must be [batch, 1, 1, length] or [batch, length]",
     )
+    need(all(d == 1 for d in table.shape[:-2]), op, f"table {list(table.shape)} must have leading axes of 1")
     return make_spec(
         (ids.shape[0], ids.shape[-1], table.shape[-1]), table.dtype, layout, placed(memory_config)
     )
@@ -63,7 +61,8 @@ def embedding(ids: Tensor, table: Tensor, *, layout: Layout = Layout.ROW_MAJOR,
 
 
 @lru_cache(maxsize=4096)
-def _reshape_plan(a: Spec, shape: tuple[int, ...], padded: tuple[int, ...] | None) -> Spec:
+def _reshape_plan(a: Spec, shape: tuple[int, ...], padded: tuple[int, ...] | None) -> tuple[Spec, bool]:
+    """Return the new spec, and whether the new tensor is a view of the old one's memory, as ttnn documents."""
     op = "reshape"
     if padded is None:
         need(
@@ -77,14 +76,23 @@ def _reshape_plan(a: Spec, shape: tuple[int, ...], padded: tuple[int, ...] | Non
             op,
             f"{list(a.padded_shape)} to {list(shape)} padded to {list(padded)}: padded counts or widths differ",
         )
+        need(
+            math.prod(a.shape[:-2]) == math.prod(shape[:-2]) == 1,
+            op,
+            f"{list(a.shape)} to {list(shape)} with padding: only axes of 1 before the last two are emulated",
+        )
+    whole_tiles = a.shape[-2:-1] == shape[-2:-1] or (a.shape[-2] % TILE_SIZE == shape[-2] % TILE_SIZE == 0)
+    is_view = padded is not None or (
+        a.shape[-1] == shape[-1] and (a.layout is Layout.ROW_MAJOR or whole_tiles)
+    )
     if padded is None and a.layout is Layout.TILE:
         padded = tile_padded(shape)
-    return make_spec(shape, a.dtype, a.layout, a.memory_config, padded)
+    return make_spec(shape, a.dtype, a.layout, a.memory_config, padded), is_view
 
 
 def reshape(input_tensor: Tensor, shape: Sequence[int], padded_shape: Sequence[int] | None = None) -> Tensor:
     """Return the same values in another shape. With `padded_shape`, rows move between the logical part and padding."""
-    spec = _reshape_plan(
+    spec, is_view = _reshape_plan(
         input_tensor.spec, tuple(shape), None if padded_shape is None else tuple(padded_shape)
     )
     before = input_tensor.spec
@@ -101,11 +109,12 @@ def reshape(input_tensor: Tensor, shape: Sequence[int], padded_shape: Sequence[i
             return flat.reshape(flat.shape[0], *spec.shape[:axis], -1, *spec.shape[axis + 1 :])
         return whole(a, before).reshape(a.shape[0], *spec.shape)
 
-    return launch("reshape", spec, compute, input_tensor)
+    return (view if is_view else launch)("reshape", spec, compute, input_tensor)
 
 
 def unsqueeze_to_4D(tensor: Tensor) -> Tensor:
     """Return the tensor with leading axes of 1 added up to rank 4."""
+    need(len(tensor.shape) <= 4, "unsqueeze_to_4D", f"{list(tensor.shape)} has more than 4 axes")
     return reshape(tensor, (1,) * (4 - len(tensor.shape)) + tuple(tensor.shape))
 
 
@@ -121,9 +130,16 @@ def transpose(
 ) -> Tensor:
     """Return the tensor with two axes swapped."""
     rank = len(input_tensor.shape)
+    need(
+        all(-rank <= d < rank for d in (dim1, dim2)),
+        "transpose",
+        f"axes {dim1} and {dim2} of {list(input_tensor.shape)}; they must be from {-rank} to {rank - 1}",
+    )
     first, second = dim1 % rank, dim2 % rank
     spec = _transpose_plan(input_tensor.spec, first, second, memory_config)
     source = input_tensor.spec
+    if first == second:
+        return view("transpose", source, _same, input_tensor)
     return launch(
         "transpose", spec, lambda a: whole(a, source).transpose(first + 1, second + 1), input_tensor
     )
@@ -156,57 +172,40 @@ def slice(input_tensor: Tensor, slice_start: Sequence[int], slice_end: Sequence[
 
     def compute(a: torch.Tensor) -> torch.Tensor:
         for axis, (low, high) in enumerate(zip(start, end, strict=True)):
-            a = a.narrow(axis + 1, low, max(min(high, a.shape[axis + 1]) - low, 0))
+            defined = a.shape[axis + 1]
+            a = a.narrow(axis + 1, min(low, defined), max(min(high, defined) - low, 0))
         return a
 
-    return launch("slice", spec, compute, input_tensor)
+    return (view if spec is input_tensor.spec else launch)("slice", spec, compute, input_tensor)
 
 
 @lru_cache(maxsize=1024)
 def _untilize_plan(a: Spec, memory_config: MemoryConfig | None) -> Spec:
+    need_tile("untilize", input=a)
     dtype = DataType.BFLOAT16 if a.dtype.is_block_float else a.dtype
     return make_spec(a.shape, dtype, Layout.ROW_MAJOR, placed(memory_config, a.memory_config))
 
 
 def untilize(input_tensor: Tensor, *, memory_config: MemoryConfig | None = None) -> Tensor:
     """Return the tensor in ROW_MAJOR layout."""
-    return launch("untilize", _untilize_plan(input_tensor.spec, memory_config), lambda a: a, input_tensor)
+    return launch("untilize", _untilize_plan(input_tensor.spec, memory_config), _same, input_tensor)
 
 
 def to_memory_config(tensor: Tensor, memory_config: MemoryConfig) -> Tensor:
     """Return the tensor placed as `memory_config` says."""
-    return _move("to_memory_config", tensor, memory_config)
+    spec = _move_plan(tensor.spec, memory_config)
+    if spec is tensor.spec:
+        return view("to_memory_config", spec, _same, tensor)
+    return launch("to_memory_config", spec, _same, tensor)
 
 
 def interleaved_to_sharded(input_tensor: Tensor, memory_config: MemoryConfig) -> Tensor:
     """Return an interleaved tensor sharded over cores."""
     need(not input_tensor.is_sharded(), "interleaved_to_sharded", f"{input_tensor.spec!r} is already sharded")
-    return _move("interleaved_to_sharded", input_tensor, memory_config)
+    need(memory_config.is_sharded(), "interleaved_to_sharded", f"output {memory_config!r} must be sharded")
+    return launch("interleaved_to_sharded", _move_plan(input_tensor.spec, memory_config), _same, input_tensor)
 
 
 @lru_cache(maxsize=4096)
-def _move_plan(op: str, a: Spec, memory_config: MemoryConfig) -> Spec:
-    shard = memory_config.shard_spec
-    if memory_config.is_sharded():
-        need(shard is not None, op, f"{memory_config!r} lacks a shard spec")
-        assert shard is not None
-        rows = math.prod(a.padded_shape[:-1])
-        height, width = shard.shape
-        shards = -(-rows // height) * -(-a.padded_shape[-1] // width)
-        need(
-            shards <= shard.grid.num_cores(),
-            op,
-            f"{shards} shards of {height}x{width} for {shard.grid.num_cores()} cores",
-        )
-        if a.layout is Layout.TILE:
-            need(
-                height % TILE_SIZE == 0 and width % TILE_SIZE == 0,
-                op,
-                f"shard {height}x{width} must be whole tiles",
-            )
+def _move_plan(a: Spec, memory_config: MemoryConfig) -> Spec:
     return make_spec(a.shape, a.dtype, a.layout, memory_config, a.padded_shape)
-
-
-def _move(op: str, tensor: Tensor, memory_config: MemoryConfig) -> Tensor:
-    on_device(op, tensor)
-    return launch(op, _move_plan(op, tensor.spec, memory_config), lambda a: a, tensor)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from disagg_tt.device.emulator.types import DRAM_MEMORY_CONFIG, DataType, Layout, MemoryConfig, Spec
+from disagg_tt.device.emulator.spec import Spec
+from disagg_tt.device.emulator.types import DRAM_MEMORY_CONFIG, DataType, Layout, MemoryConfig
 from disagg_tt.errors import DeviceError
 
 
@@ -33,9 +32,3 @@ def need_dtype(op: str, name: str, spec: Spec, *allowed: DataType) -> None:
 def placed(memory_config: MemoryConfig | None, default: MemoryConfig | None = None) -> MemoryConfig:
     """Return the output's memory config: the one asked for, else `default`, else interleaved DRAM."""
     return memory_config or default or DRAM_MEMORY_CONFIG
-
-
-def known(op: str, ignored: dict[str, Any], allowed: tuple[str, ...]) -> None:
-    """Raise for keyword arguments that ttnn's `op` does not have."""
-    for name in ignored:
-        need(name in allowed, op, f"no argument {name!r}; the emulator knows {', '.join(allowed)}")

@@ -1,0 +1,125 @@
+"""`disagg-tt bench stages`: what it prints and when it fails. Never how fast anything is."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from disagg_tt.__main__ import main
+from disagg_tt.bench import jobs, measure
+from disagg_tt.bench.deep import wide_config
+from disagg_tt.bench.stages import STAGES, chosen
+from disagg_tt.bench.table import Row, table
+from disagg_tt.config import LLAMA_3_1_8B
+from disagg_tt.device import kind
+from disagg_tt.errors import InputError
+from disagg_tt.model.checkpoint import find_checkpoint
+from disagg_tt.prompt import Tokenizer
+
+pytestmark = pytest.mark.skipif(
+    kind == "mock", reason="a mock cluster computes nothing that could be measured"
+)
+
+
+def test_quick_stages_print_tables_and_one_json_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "stages.json"
+    flags = ["--quick", "--threads", "2", "--rows", "overlap,wire", "--json", str(file)]
+    assert main(["bench", "stages", *flags]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    assert json.loads(file.read_text()) == result
+    assert (result["bench"], result["threads"], result["quick"]) == ("stages", 2, True)
+    rows = result["rows"]
+    assert list(dict.fromkeys(row["stage"] for row in rows)) == ["wire", "overlap"]
+    headings = ["ours", "reference", "unit", "ratio", "goal", "met"]
+    assert [line.split() for line in lines if line.endswith("met")] == [
+        ["wire", *headings],
+        ["overlap", *headings],
+    ]
+    assert len([line for line in lines if line]) == 2 + len(rows)
+    for row in rows:
+        assert any(line.startswith(f"{row['name']} ") for line in lines)
+        assert math.isfinite(row["ours"])
+        assert row["reference"] > 0
+        assert row["ratio"] == pytest.approx(row["ours"] / row["reference"])
+    assert all(row["met"] and row["required"] and row["ours"] == row["reference"] for row in rows[:4])
+
+
+def test_stages_against_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    assert main(["bench", "stages", "--quick", "--threads", "1", "--rows", "prefill,decode"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    sides = ["two ranks, 1 thread each", "one mesh, 1 thread"]
+    names = [f"{batch}, {side}" for batch in ("batch 1", "batch 32", "batch 32 to batch 1") for side in sides]
+    assert [row["name"] for row in rows if row["stage"] == "decode"] == names
+    assert [row["name"] for row in rows if row["stage"] == "prefill"] == [f"128 tokens, {s}" for s in sides]
+    assert all(row["ours"] > 0 and row["reference"] > 0 and not row["required"] for row in rows)
+
+
+def test_a_byte_too_many_on_the_wire_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def one_more(place: jobs.Place, prompts: list[str], *flags: str) -> jobs.Job:
+        tokens = [len(Tokenizer(place.model).encode(p)) for p in prompts]
+        config, kv_dtype = measure.load_config(place.model), flags[flags.index("--kv-dtype") + 1]
+        counts = [measure.expected_bytes(config, kv_dtype, n, 2) for n in tokens]
+        counts[-1] += 1
+        return jobs.Job([{"perf": {"kv_bytes_sent": n}} for n in counts])
+
+    monkeypatch.setattr(jobs.Place, "run", one_more)
+    assert main(["bench", "stages", "--quick", "--rows", "wire"]) == 1
+    output = capsys.readouterr()
+    rows = json.loads(output.out.splitlines()[-1])["rows"]
+    assert [row["met"] for row in rows] == [True, False, True, False]
+    assert "failed: 33 tokens, bfloat8_b; 33 tokens, bfloat16" in output.err
+
+
+def test_expected_bytes_of_llama_3_1_8b() -> None:
+    # 32 layers x 8 heads x 128, K and V: 65,536 values a token; a bfloat8_b tile of 1,024 values is 1,088 bytes
+    assert measure.expected_bytes(LLAMA_3_1_8B, "bfloat8_b", 33, 2) == 64 * 65536 * 1088 // 1024 + 8192
+    assert measure.expected_bytes(LLAMA_3_1_8B, "bfloat16", 1, 4) == 32 * 65536 * 2 + 4 * 4096
+
+
+def test_prompts_have_exactly_the_tokens_asked_for() -> None:
+    tokenizer = Tokenizer(find_checkpoint(None))
+    for length in (2, 31, 32, 33, 1500):
+        prompts = jobs.prompts_of(tokenizer, length, 32 if length > 2 else 1)
+        assert {len(tokenizer.encode(p)) for p in prompts} == {length}
+        assert len(set(prompts)) == len(prompts)
+
+
+def test_decode_rates_count_the_time_between_steps() -> None:
+    def step(at_us: float, slots: int) -> dict[str, object]:
+        return {"name": "decode step", "ts": at_us, "dur": 1e6, "args": {"slots": slots}}
+
+    answers = [{"tokens": [1, 2, 3]}] * 2
+    spans = [step(0, 2), step(3e6, 2), step(9e6, 1), step(20e6, 2), step(21e6, 2)]
+    assert jobs.Job(answers, spans).decode_rates(2) == [4 / 4, 4 / 2]
+
+
+def test_a_goal_is_met_or_not_and_only_a_required_one_fails() -> None:
+    assert Row("decode", "fast", 3, 2, "tokens/s", ">= 1.5").met
+    slow = Row("decode", "slow", 2, 2, "tokens/s", ">= 1.5")
+    assert (slow.met, slow.failed) == (False, False)
+    assert Row("overlap", "nothing sent", 0, 0, "ms", "<= 1.5").met is False
+    assert "slow" in table([slow])
+
+
+def test_stages_are_chosen_by_name() -> None:
+    assert chosen(None, quick=False) == list(STAGES)
+    assert not any("wide" in stage for stage in chosen(None, quick=True))
+    assert chosen("wide, wire", quick=True) == ["wire", "wide"]
+    with pytest.raises(InputError, match="'speed'.*allowed are wire"):
+        chosen("speed", quick=False)
+
+
+def test_the_wide_model_is_llama_3_1_8b_but_shallow() -> None:
+    wide = wide_config(layers=2, vocab_size=2048)
+    same = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    assert all(getattr(wide, name) == getattr(LLAMA_3_1_8B, name) for name in same)
+    assert (wide.num_hidden_layers, wide.vocab_size) == (2, 2048)
