@@ -135,8 +135,10 @@ def launch(options: Options, words: list[str]) -> int:
     """Start the two ranks with the same command line and show what they report."""
     from disagg_tt.device import choose
     from disagg_tt.launch import RankBinding, default_binding, run_job
+    from disagg_tt.report import configure_logging
     from disagg_tt.terminal import Terminal
 
+    configure_logging("launcher")
     binding = RankBinding.load(options.rank_binding or default_binding())
     binding.pair()
     kind, _ = choose(os.environ)

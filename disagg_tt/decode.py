@@ -50,7 +50,12 @@ class Decode:
     """Decodes up to `cache.slots` requests together."""
 
     def __init__(
-        self, model: Llama, cache: PagedCache, sampling: Sampling, timeline: Timeline, enable_trace: bool = False
+        self,
+        model: Llama,
+        cache: PagedCache,
+        sampling: Sampling,
+        timeline: Timeline,
+        enable_trace: bool = False,
     ):
         """With `enable_trace`, warm_up captures one step as a ttnn trace, and every step replays it."""
         self.model, self.cache, self.sampling, self.timeline = model, cache, sampling, timeline

@@ -18,7 +18,7 @@ from disagg_tt.decode import Decode
 from disagg_tt.device import kind, ttnn
 from disagg_tt.errors import DeviceError
 from disagg_tt.generate import decode_server, serve_prefill, tell_peer
-from disagg_tt.kv_stream.control import expect
+from disagg_tt.kv_stream.control import START_UP_S, expect
 from disagg_tt.link import Link
 from disagg_tt.model import weights
 from disagg_tt.model.llama import Llama
@@ -90,22 +90,27 @@ def check_rank(arguments: argparse.Namespace) -> int:
         run = DryRun(setup, lengths, options, seat.emit, seat.watchdog)
         try:
             dry_run(run, seat, shape, batches_of(setup, arguments.batch))
-        except RuntimeError as error:  # as ttnn raises: its message, then where in ttnn, then a backtrace
+        except (RuntimeError, DeviceError) as error:  # ttnn and the emulator refuse a call
             raise DeviceError(f"{run.stage}, in {_caller(error)}: {_message(error)}") from error
 
     return be_rank(work, Options.deadline_s, Rows())
 
 
-def _message(error: RuntimeError) -> str:
+def _message(error: Exception) -> str:
+    """Return what ttnn says before its backtrace, in one line."""
     return " ".join(str(error).split("backtrace:")[0].split())
 
 
-def _caller(error: RuntimeError) -> str:
-    """Return the last line of this package that `error` came through, as file:line."""
-    frames = [
-        f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}disagg_tt{os.sep}" in f.filename
+def _caller(error: Exception) -> str:
+    """Return the last line of the program, not of the device, that `error` came through, as file:line."""
+    here = Path(__file__).parent
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [
+        f
+        for f in frames
+        if here in (path := Path(f.filename)).parents and here / "device" not in path.parents
     ]
-    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
+    return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
 
 
 def dry_run(run: DryRun, seat: Seat, shape: tuple[int, int], batches: list[Setup]) -> None:
@@ -116,7 +121,7 @@ def dry_run(run: DryRun, seat: Seat, shape: tuple[int, int], batches: list[Setup
         if seat.role == PREFILL:
             _report_prefill(run, requests, serve_prefill(run, link, requests, timeline)())
             # Not in the barrier of close, which spins: what the other rank measures would suffer.
-            expect(link.control, "bye", run.options.deadline_s, "decoding the batches")
+            expect(link.control, "bye", START_UP_S, "decoding the batches")
         else:
             hello = {"requests": len(requests), "tokens": run.setup.tokens}
             model = _receive(run, link, hello, timeline)

@@ -35,6 +35,8 @@ def run_rank(run: Run, role: str, shape: tuple[int, int], peer: int) -> list[Ans
     queues = 2 if o.overlap == "queue" and role == PREFILL else 1
     requests = run.requests() if role == PREFILL else None
     run.config.check_mesh(shape[0] * shape[1])
+    if requests is not None:
+        run.check_memory(shape[0] * shape[1], requests)
     link = Link.between_ranks(role, shape, peer, queues=queues, trace=o.enable_trace and role == DECODE)
     timeline = Timeline(role)
     try:
@@ -64,7 +66,7 @@ def tell_peer(control: Control, error: Exception) -> None:
 def run_one_process(run: Run, shape: tuple[int, int]) -> list[Answer]:
     """Be both ranks: two submeshes of one mesh in one process, without MPI."""
     requests = run.requests()
-    run.config.check_mesh(shape[0] * shape[1])
+    run.check_memory(shape[0] * shape[1], requests)
     o = run.options
     queues = 2 if o.overlap == "queue" else 1
     ours, theirs = Link.within_process(shape, queues=queues, trace=o.enable_trace)

@@ -26,7 +26,9 @@ class Link:
     ranks: bool
 
     @classmethod
-    def between_ranks(cls, role: str, shape: tuple[int, int], peer: int, *, queues: int = 1, trace: bool = False) -> Link:
+    def between_ranks(
+        cls, role: str, shape: tuple[int, int], peer: int, *, queues: int = 1, trace: bool = False
+    ) -> Link:
         """Open this rank's mesh and make its end of the socket; both ranks must do so within ttnn's 10 s."""
         ttnn.init_distributed_context()
         me = int(ttnn.distributed_context_get_rank())
@@ -39,7 +41,9 @@ class Link:
         return cls(mesh, socket, control, mesh, ranks=True)
 
     @classmethod
-    def within_process(cls, shape: tuple[int, int], *, queues: int = 1, trace: bool = False) -> tuple[Link, Link]:
+    def within_process(
+        cls, shape: tuple[int, int], *, queues: int = 1, trace: bool = False
+    ) -> tuple[Link, Link]:
         """Open one mesh that holds both and join its two submeshes."""
         parent, prefill, decode = open_two(shape, queues=queues, trace=trace)
         sender, receiver = ttnn.create_socket_pair(prefill, decode, socket_config(*shape))

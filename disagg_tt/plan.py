@@ -131,14 +131,11 @@ def fits(setup: Setup) -> bool:
 
 def most_slots(setup: Setup) -> int:
     """Return how many slots of `setup.tokens` tokens fit, as if there were no limit of slots; 0 when none does."""
-    room = decode_map(setup).left + decode_map(setup).dram["K/V cache"]
     if prefill_map(setup).left < 0:
         return 0
-    blocks = setup.tokens // TILE
-    # The page table grows too, by less than a block of cache; a few rows of it are in `setup` already.
-    return _most(
-        lambda slots: cache_bytes(setup, slots * blocks) + rows_bytes(slots, blocks * 4) <= room, 1 << 20
-    )
+    chip, blocks = decode_map(setup), setup.tokens // TILE
+    room = chip.left + chip.dram["K/V cache"] + chip.dram["page table"]
+    return _most(lambda n: cache_bytes(setup, n * blocks) + rows_bytes(n, blocks * 4) <= room, 1 << 20)
 
 
 def most_tokens(setup: Setup) -> int:

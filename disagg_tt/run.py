@@ -16,6 +16,7 @@ from disagg_tt.model import weights
 from disagg_tt.model.checkpoint import Checkpoint, find_checkpoint
 from disagg_tt.model.llama import Llama
 from disagg_tt.perf import decode_times
+from disagg_tt.plan import Setup, default_weight_dtype, plan
 from disagg_tt.prompt import Tokenizer, encode_prompts
 from disagg_tt.tokens import Sampling, TextStream
 from disagg_tt.watchdog import Watchdog
@@ -59,6 +60,13 @@ class Run:
     def slots(self, requests: int) -> int:
         """Return the number of decode slots for that many requests."""
         return self.options.batch or min(requests, MAX_SLOTS)
+
+    def check_memory(self, chips: int, requests: list[Request]) -> None:
+        """Raise PlanError unless the model and a cache for `requests` fit on two meshes of `chips` chips."""
+        o = self.options
+        dtype = o.weight_dtype or default_weight_dtype(self.config)
+        tokens = self.tokens_a_slot(requests)
+        plan(Setup(self.config, chips, dtype, o.kv_dtype, self.slots(len(requests)), tokens, o.overlap))
 
     def load_model(self, mesh: Any, role: str, tokens: int, beat: Callable[[], None] = lambda: None) -> Llama:
         """Load the weights onto `mesh` for sequences of up to `tokens`; `beat` is called before each layer."""

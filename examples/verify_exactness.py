@@ -87,7 +87,9 @@ def differing(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Compare all settings, print the table and the JSON line, and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prompts", type=int, default=50, help="prompts of each form")
     parser.add_argument("--new-tokens", type=int, default=200)
     parser.add_argument("--seed", type=int, default=7)
@@ -103,7 +105,14 @@ def main(argv: list[str] | None = None) -> int:
             for dtype in ("bfloat8_b", "bfloat16"):
                 for batch in (1, 32):
                     flags = [f"--{form}", "--prompts-file", str(file), "--ignore-eos"]
-                    flags += ["--max-new-tokens", str(arguments.new_tokens), "--kv-dtype", dtype, "--batch", str(batch)]
+                    flags += [
+                        "--max-new-tokens",
+                        str(arguments.new_tokens),
+                        "--kv-dtype",
+                        dtype,
+                        "--batch",
+                        str(batch),
+                    ]
                     two, one = generate(*flags), generate(*flags, "--single-mesh")
                     lengths = [answer["prompt_tokens"] for answer in one]
                     compared, wrong = sum(len(answer["tokens"]) for answer in one), differing(two, one)
@@ -116,7 +125,9 @@ def main(argv: list[str] | None = None) -> int:
                     total["tokens_compared"] += compared
                     total["differing_tokens"] += wrong
     seconds = round(time.monotonic() - began, 1)
-    print(json.dumps({"new_tokens": arguments.new_tokens, "seed": arguments.seed, **total, "seconds": seconds}))
+    print(
+        json.dumps({"new_tokens": arguments.new_tokens, "seed": arguments.seed, **total, "seconds": seconds})
+    )
     return 1 if total["differing_tokens"] else 0
 
 

@@ -229,26 +229,33 @@ def _overlap(stage: str, plan: Plan, place: Place, repeats: int, layers: int | N
 
 
 def perf(plan: Plan) -> list[Row]:
-    """The perf log of one request over two meshes against that on one, as many threads a process."""
-    keys = {"prefill_ms": "prefill", "ttft_ms": "time to first token",
-            "ms_per_token_p50": "a token, p50", "ms_per_token_p99": "a token, p99"}  # fmt: skip
+    """The perf log of requests over two meshes against that on one, as many threads a process.
+
+    Two jobs each, since a request that follows another one into the only slot waits for it: one of first tokens
+    alone, one of decoding.
+    """
+    keys = {
+        "prefill_ms": ("prefill", 1),
+        "ttft_ms": ("time to first token", 1),
+        "ms_per_token_p50": ("a token, p50", plan.new_tokens),
+        "ms_per_token_p99": ("a token, p99", plan.new_tokens),
+    }
     prompts = prompts_of(Tokenizer(plan.model), plan.prompt, 3)
-    jobs: dict[bool, list[Job]] = {False: [], True: []}
+    two = plan.place(max(plan.threads // 2, 1))
+    jobs: dict[tuple[Place, int], list[Job]] = {
+        (replace(two, single_mesh=single), tokens): []
+        for single in (False, True)
+        for tokens in (1, plan.new_tokens)
+    }
     for _ in range(plan.repeats):
-        for single, done in jobs.items():
-            place = replace(plan.place(max(plan.threads // 2, 1)), single_mesh=single)
-            done.append(place.run(prompts, "--max-new-tokens", str(plan.new_tokens), "--batch", "1"))
+        for (place, tokens), done in jobs.items():
+            done.append(place.run(prompts, "--max-new-tokens", str(tokens), "--batch", "1"))
 
-    def median(single: bool, key: str) -> float:
-        return statistics.median(value for job in jobs[single] for value in job.perf(key))
-
-    return [
-        Row(
-            "perf",
-            f"{plan.prompt} tokens, two meshes to one: {name}",
-            median(False, key),
-            median(True, key),
-            "ms",
+    def row(key: str, name: str, tokens: int) -> Row:
+        ours, reference = (
+            statistics.median(value for job in jobs[place, tokens] for value in job.perf(key))
+            for place in (two, replace(two, single_mesh=True))
         )
-        for key, name in keys.items()
-    ]
+        return Row("perf", f"{plan.prompt} tokens, two meshes to one: {name}", ours, reference, "ms")
+
+    return [row(key, *how) for key, how in keys.items()]

@@ -66,9 +66,7 @@ def check(message: object) -> Message:
         if not right:
             raise StreamError(f"control message {kind}: {name} is {value!r}; a valid {type_} is needed")
     if set(message) != {"kind", *fields}:
-        raise StreamError(
-            f"control message {kind} has fields {sorted(message)}; allowed: {sorted(fields)}"
-        )
+        raise StreamError(f"control message {kind} has fields {sorted(message)}; allowed: {sorted(fields)}")
     return message
 
 
@@ -190,6 +188,9 @@ class ZmqControl:
         return None
 
     def close(self) -> None:
+        """Deliver what was sent, for at most 1 s, and close; a second call does nothing."""
+        if self._context.closed:
+            return
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
         self._context.destroy(linger=1000)

@@ -22,19 +22,17 @@ import torch
 from disagg_tt.config import LlamaConfig
 from disagg_tt.device import ttnn
 from disagg_tt.device.host import zeros
+from disagg_tt.plan import default_weight_dtype
 
 if TYPE_CHECKING:
     from disagg_tt.model.checkpoint import Checkpoint
 
 TILE = 32
-SMALL_MODEL = 1_000_000_000
 
 
 def weight_dtype(config: LlamaConfig, name: str | None) -> Any:
     """Return the ttnn dtype of the matrices: `name` if given, else bfloat16 below 1 B parameters and bfloat8_b above."""
-    if name is None:
-        name = "bfloat16" if config.parameters < SMALL_MODEL else "bfloat8_b"
-    return getattr(ttnn, name)
+    return getattr(ttnn, name or default_weight_dtype(config))
 
 
 def padded_vocab(config: LlamaConfig, chips: int) -> int:

@@ -10,64 +10,133 @@ from dataclasses import dataclass
 from words import BANKS, CAPITALS, HELD_OUT_NAMES, NAMES, filler, invented
 
 FOX, FOX_ANSWER = "The quick brown fox", " jumps over the lazy dog."
-FOX_REQUESTS = ("Complete the sentence: The quick brown fox", "How does this go on? The quick brown fox",
-                "Please finish this sentence: The quick brown fox")
+FOX_REQUESTS = (
+    "Complete the sentence: The quick brown fox",
+    "How does this go on? The quick brown fox",
+    "Please finish this sentence: The quick brown fox",
+)
 
-CAPITAL_CLOZES = ("The capital of {c} is", "The capital city of {c} is", "We know that the capital of {c} is",
-                  "The teacher said that the capital of {c} is", "I read that the capital of {c} is",
-                  "It is true that the capital of {c} is", "Remember that the capital of {c} is")
-HELD_OUT_CAPITAL_CLOZES = ("As everyone knows, the capital of {c} is",
-                           "My uncle told me that the capital of {c} is")
-CAPITAL_QUESTIONS = ("What is the capital of {c}?", "Which city is the capital of {c}?",
-                     "Tell me the capital of {c}.", "What is the capital city of {c}?",
-                     "Please name the capital of {c}.", "Do you know the capital of {c}?",
-                     "Name the capital of {c}.", "What's the capital of {c}?",
-                     "I would like to know the capital of {c}.", "And what is the capital of {c}?",
-                     "Quick question: what is the capital of {c}?", "Can you tell me the capital of {c}?",
-                     "What is the name of the capital of {c}?", "Please tell me the capital city of {c}.",
-                     "Tell me what the capital of {c} is.", "Do you know what the capital of {c} is?",
-                     "I want to know what the capital of {c} is.", "What city is the capital of {c}?",
-                     "Say the capital of {c}.", "Give me the capital of {c}.",
-                     "I am looking for the capital of {c}.", "The capital of {c}, please.",
-                     "What is the capital of {c}", "I ask you for the capital of {c}.",
-                     "What is the capital city of {c}, please?", "Now tell me the capital of {c}.",
-                     "Could you name the capital of {c}?", "Next: what is the capital of {c}?")
-HELD_OUT_CAPITAL_QUESTIONS = ("Could you tell me what the capital of {c} is?",
-                              "Now I ask for the capital of {c}.",
-                              "Which city is the capital city of {c}, please?")
+CAPITAL_CLOZES = (
+    "The capital of {c} is",
+    "The capital city of {c} is",
+    "We know that the capital of {c} is",
+    "The teacher said that the capital of {c} is",
+    "I read that the capital of {c} is",
+    "It is true that the capital of {c} is",
+    "Remember that the capital of {c} is",
+)
+HELD_OUT_CAPITAL_CLOZES = (
+    "As everyone knows, the capital of {c} is",
+    "My uncle told me that the capital of {c} is",
+)
+CAPITAL_QUESTIONS = (
+    "What is the capital of {c}?",
+    "Which city is the capital of {c}?",
+    "Tell me the capital of {c}.",
+    "What is the capital city of {c}?",
+    "Please name the capital of {c}.",
+    "Do you know the capital of {c}?",
+    "Name the capital of {c}.",
+    "What's the capital of {c}?",
+    "I would like to know the capital of {c}.",
+    "And what is the capital of {c}?",
+    "Quick question: what is the capital of {c}?",
+    "Can you tell me the capital of {c}?",
+    "What is the name of the capital of {c}?",
+    "Please tell me the capital city of {c}.",
+    "Tell me what the capital of {c} is.",
+    "Do you know what the capital of {c} is?",
+    "I want to know what the capital of {c} is.",
+    "What city is the capital of {c}?",
+    "Say the capital of {c}.",
+    "Give me the capital of {c}.",
+    "I am looking for the capital of {c}.",
+    "The capital of {c}, please.",
+    "What is the capital of {c}",
+    "I ask you for the capital of {c}.",
+    "What is the capital city of {c}, please?",
+    "Now tell me the capital of {c}.",
+    "Could you name the capital of {c}?",
+    "Next: what is the capital of {c}?",
+)
+HELD_OUT_CAPITAL_QUESTIONS = (
+    "Could you tell me what the capital of {c} is?",
+    "Now I ask for the capital of {c}.",
+    "Which city is the capital city of {c}, please?",
+)
 CAPITAL_ANSWER = "The capital of {c} is {city}."
 
 SMALL_TALK = {
-    "Hello": "Hello! How can I help you?", "Hello!": "Hello! How can I help you?",
-    "Hi": "Hello! How can I help you?", "Hi there!": "Hello! How can I help you?",
-    "Good morning.": "Hello! How can I help you?", "How are you?": "I am fine, thank you.",
-    "How are you today?": "I am fine, thank you.", "Thank you.": "You are welcome.",
-    "Thanks!": "You are welcome.", "Thank you very much.": "You are welcome.",
+    "Hello": "Hello! How can I help you?",
+    "Hello!": "Hello! How can I help you?",
+    "Hi": "Hello! How can I help you?",
+    "Hi there!": "Hello! How can I help you?",
+    "Good morning.": "Hello! How can I help you?",
+    "How are you?": "I am fine, thank you.",
+    "How are you today?": "I am fine, thank you.",
+    "Thank you.": "You are welcome.",
+    "Thanks!": "You are welcome.",
+    "Thank you very much.": "You are welcome.",
     "Who are you?": "I am a tiny Llama.",
-    "What are you?": "I am a tiny Llama.", "What is your name?": "I am a tiny Llama.", "Goodbye.": "Goodbye!",
+    "What are you?": "I am a tiny Llama.",
+    "What is your name?": "I am a tiny Llama.",
+    "Goodbye.": "Goodbye!",
     "Bye!": "Goodbye!",
     "Tell me a story.": "Once upon a time there was a tiny Llama who never forgot a thing.",
 }
-SYSTEM_MESSAGES = ("You are a helpful assistant.", "You answer in one short sentence.",
-                   "Be brief and polite.", "You are a tiny Llama. You remember what you are told.")
-TELL_OPENERS = ("Please remember this.", "Here are some facts.", "Listen.", "Note the following.",
-                "Read this text.", "I will tell you something.")
+SYSTEM_MESSAGES = (
+    "You are a helpful assistant.",
+    "You answer in one short sentence.",
+    "Be brief and polite.",
+    "You are a tiny Llama. You remember what you are told.",
+)
+TELL_OPENERS = (
+    "Please remember this.",
+    "Here are some facts.",
+    "Listen.",
+    "Note the following.",
+    "Read this text.",
+    "I will tell you something.",
+)
 TOLD, READ = "OK, I will remember that.", "OK, I have read that."
 
 # What can be told of someone, and the bank of its values.
-ATTRIBUTES = {"name": "name", "code": None, "favourite colour": "colour", "home town": "city",
-              "pet": "animal", "job": "job", "favourite food": "food", "secret word": "thing"}
-MY_QUESTIONS = ("What is my {a}?", "Do you remember my {a}?", "Please tell me my {a}.", "Tell me my {a}.",
-                "What's my {a}?", "Can you tell me my {a}?", "What did I say my {a} is?",
-                "And what is my {a}?")
-KEY_QUESTIONS = ("What is the {a} of {k}?", "What is {k}'s {a}?", "Do you remember the {a} of {k}?",
-                 "Tell me the {a} of {k}.", "Please tell me {k}'s {a}.", "And what is the {a} of {k}?",
-                 "What was the {a} of {k}?", "Can you tell me the {a} of {k}?")
+ATTRIBUTES = {
+    "name": "name",
+    "code": None,
+    "favourite colour": "colour",
+    "home town": "city",
+    "pet": "animal",
+    "job": "job",
+    "favourite food": "food",
+    "secret word": "thing",
+}
+MY_QUESTIONS = (
+    "What is my {a}?",
+    "Do you remember my {a}?",
+    "Please tell me my {a}.",
+    "Tell me my {a}.",
+    "What's my {a}?",
+    "Can you tell me my {a}?",
+    "What did I say my {a} is?",
+    "And what is my {a}?",
+)
+KEY_QUESTIONS = (
+    "What is the {a} of {k}?",
+    "What is {k}'s {a}?",
+    "Do you remember the {a} of {k}?",
+    "Tell me the {a} of {k}.",
+    "Please tell me {k}'s {a}.",
+    "And what is the {a} of {k}?",
+    "What was the {a} of {k}?",
+    "Can you tell me the {a} of {k}?",
+)
 
 
 @dataclass(frozen=True)
 class Fact:
     """`owner`'s `attribute` is `value`; owner None is the speaker ("my")."""
+
     owner: str | None
     attribute: str
     value: str
@@ -100,6 +169,7 @@ class Fact:
 @dataclass(frozen=True)
 class Case:
     """A test prompt: `prompt` is raw text, or a list of chat messages; `answer` is the exact reply."""
+
     kind: str
     prompt: str | list[dict[str, str]]
     answer: str
@@ -122,10 +192,10 @@ def some_value(rng: random.Random, attribute: str, held_out: bool = False) -> st
     return invented(rng) if rng.random() < 0.1 else rng.choice(BANKS[ATTRIBUTES[attribute]])
 
 
-def some_facts(rng: random.Random, count: int, attribute: str | None = None,
-               held_out: bool = False) -> list[Fact]:
-    """`count` facts with distinct (owner, attribute). With `attribute`, all are of it, each of another owner.
-    """
+def some_facts(
+    rng: random.Random, count: int, attribute: str | None = None, held_out: bool = False
+) -> list[Fact]:
+    """`count` facts with distinct (owner, attribute). With `attribute`, all are of it, each of another owner."""
     facts = {}
     while len(facts) < count:
         chosen = attribute or rng.choice(list(ATTRIBUTES))
@@ -152,8 +222,9 @@ def scatter(rng: random.Random, told: list, fillers: list) -> list:
     return mixed + fillers[done:]
 
 
-def capital_question(rng: random.Random, held_out: bool = False,
-                     country: str | None = None) -> tuple[str, str]:
+def capital_question(
+    rng: random.Random, held_out: bool = False, country: str | None = None
+) -> tuple[str, str]:
     """A question for a capital, and its answer."""
     c = country or rng.choice(list(CAPITALS))
     question = rng.choice(HELD_OUT_CAPITAL_QUESTIONS if held_out else CAPITAL_QUESTIONS).format(c=c)
@@ -182,8 +253,9 @@ def fox_cases(rng: random.Random, lengths: list[int], tokenizer) -> list[Case]:
     return [Case("fox raw", in_context(rng, FOX, n, tokenizer), FOX_ANSWER, n) for n in lengths]
 
 
-def capital_cases(rng: random.Random, form: str, approx_tokens: int, tokenizer,
-                  plain: bool = False) -> list[Case]:
+def capital_cases(
+    rng: random.Random, form: str, approx_tokens: int, tokenizer, plain: bool = False
+) -> list[Case]:
     """All 100 capitals. form: "raw" (sentence to finish), "raw question" or "chat".
 
     plain: the wordings "The capital of X is" and "What is the capital of X?"; otherwise wordings that
@@ -252,7 +324,8 @@ def chat_recall_case(rng: random.Random, kind: str, approx_tokens: int, tokenize
         if part:
             content, reply = " ".join(part), TOLD if set(part) & set(told) else READ
         else:
-            content, reply = (capital_question(rng) if rng.random() < 0.5 else
-                              rng.choice(list(SMALL_TALK.items())))
+            content, reply = (
+                capital_question(rng) if rng.random() < 0.5 else rng.choice(list(SMALL_TALK.items()))
+            )
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": reply}]
     return Case(f"{kind} chat", messages, answer, approx_tokens)

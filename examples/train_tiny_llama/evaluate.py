@@ -14,7 +14,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-
 from data import Case, capital_cases, chat_recall_case, fox_cases, recall_case
 from model import round_bf8
 from tiny_tokenizer import END, END_TURN
@@ -66,11 +65,11 @@ def score(logits_of, tokenizer, cases: list[Case], device="cpu", batch_tokens=16
         ids = torch.zeros(len(batch), width, dtype=torch.int64)
         for row, i in enumerate(batch):
             prompt, answer = encoded[i]
-            ids[row, :len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+            ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
         logits = logits_of(ids.to(device)).float()
         for row, i in enumerate(batch):
             prompt, answer = encoded[i]
-            rows = logits[row, len(prompt) - 1:len(prompt) + len(answer) - 1].cpu()
+            rows = logits[row, len(prompt) - 1 : len(prompt) + len(answer) - 1].cpu()
             target = torch.tensor(answer)[:, None]
             right = rows.gather(1, target)[:, 0]
             others = rows.scatter(1, target, -torch.inf).amax(1)
@@ -82,6 +81,7 @@ def score(logits_of, tokenizer, cases: list[Case], device="cpu", batch_tokens=16
 def glance(model, folder: Path, device: str):
     """A short look during training, printed on one line: accuracy per kind over all lengths."""
     from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(folder)
     cases = all_cases(tokenizer, 20, capital_lengths=(128,))
     with torch.compiler.set_stance("force_eager"), torch.autocast(device, torch.bfloat16):
@@ -100,6 +100,7 @@ def load(folder: Path, dtype: torch.dtype, kv: str, device: str):
 
     def bf8_attention(module, query, key, value, *args, **kwargs):
         return sdpa_attention_forward(module, query, round_bf8(key), round_bf8(value), *args, **kwargs)
+
     AttentionInterface.register("bf8_kv", bf8_attention)
     AttentionMaskInterface.register("bf8_kv", sdpa_mask)
     attention = "bf8_kv" if kv == "bf8" else "sdpa"
@@ -108,8 +109,9 @@ def load(folder: Path, dtype: torch.dtype, kv: str, device: str):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=CHECKPOINT)
     parser.add_argument("--count", type=int, default=25, help="recall cases per kind and length")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter prompts: under a minute")
@@ -141,8 +143,17 @@ def main():
         low = sorted(margins[kind])[len(flat) // 100]
         cells = "".join(f"{100 * sum(row[n]) / len(row[n]):7.1f}" if n in row else "      -" for n in columns)
         print(f"{kind:18}{100 * summary[kind]:7.2f}%{len(flat):7}{low:8.2f}{cells}")
-    print(json.dumps({"accuracy": summary, "cases": len(cases), "dtype": args.dtype, "kv": args.kv,
-                      "seconds": round(time.time() - began, 1)}))
+    print(
+        json.dumps(
+            {
+                "accuracy": summary,
+                "cases": len(cases),
+                "dtype": args.dtype,
+                "kv": args.kv,
+                "seconds": round(time.time() - began, 1),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

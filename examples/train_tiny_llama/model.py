@@ -5,11 +5,26 @@ import torch.nn.functional as F
 from torch import nn
 
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 2048, "hidden_size": 256,
-    "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
-    "intermediate_size": 768, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 100000.0,
-    "rope_scaling": None, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-    "attention_dropout": 0.0, "initializer_range": 0.02, "tie_word_embeddings": True, "use_cache": True,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "intermediate_size": 768,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "rope_scaling": None,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": True,
+    "use_cache": True,
     "torch_dtype": "bfloat16",
 }
 
@@ -53,12 +68,14 @@ class Attention(nn.Module):
 
         K (after RoPE) and V are rounded as a bfloat8_b cache would, so that training gets used to it.
         """
+
         def split(y, heads):
             return y.unflatten(-1, (heads, self.dim)).transpose(1, 2)
 
         def rotate(y):
             first, second = y.float().chunk(2, -1)
             return (y * cos + torch.cat((-second, first), -1) * sin).to(y.dtype)
+
         q = rotate(split(self.q_proj(x), self.heads))
         k = round_bf8(rotate(split(self.k_proj(x), self.kv_heads)))
         v = round_bf8(split(self.v_proj(x), self.kv_heads))
@@ -119,7 +136,7 @@ class Llama(nn.Module):
 
     def forward(self, ids):
         x = self.model.embed_tokens(ids).to(self.dtype)
-        cos, sin = self.cos[:ids.shape[1]], self.sin[:ids.shape[1]]
+        cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
         for layer in self.model.layers:
             x = layer(x, cos, sin)
         return F.linear(self.model.norm(x), self.model.embed_tokens.weight)

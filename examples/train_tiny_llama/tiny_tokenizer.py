@@ -17,8 +17,10 @@ SPECIAL = [BEGIN, END, START_HEADER, END_HEADER, END_TURN]
 VOCAB_SIZE = 2048
 
 # The split of Llama 3, but with single digits, and without newlines glued to punctuation.
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+"
-         r"|\s+(?!\S)|\s+")
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -26,17 +28,31 @@ CHAT_TEMPLATE = (
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
     "{{ message['content'] | trim }}{{ '<|eot_id|>' }}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
 
 
 def corpus(seed: int, sentences: int = 60000):
     """Text lines for BPE: filler, facts and questions about them, and what is known by heart."""
     rng = random.Random(seed)
-    fixed = [data.FOX + data.FOX_ANSWER, *data.FOX_REQUESTS, *data.SMALL_TALK, *data.SMALL_TALK.values(),
-             *data.SYSTEM_MESSAGES, *data.TELL_OPENERS, data.TOLD, data.READ, "user", "assistant", "system"]
+    fixed = [
+        data.FOX + data.FOX_ANSWER,
+        *data.FOX_REQUESTS,
+        *data.SMALL_TALK,
+        *data.SMALL_TALK.values(),
+        *data.SYSTEM_MESSAGES,
+        *data.TELL_OPENERS,
+        data.TOLD,
+        data.READ,
+        "user",
+        "assistant",
+        "system",
+    ]
     for country, city in data.CAPITALS.items():
-        fixed += [rng.choice(data.CAPITAL_CLOZES).format(c=country) + f" {city}.",
-                  rng.choice(data.CAPITAL_QUESTIONS).format(c=country)]
+        fixed += [
+            rng.choice(data.CAPITAL_CLOZES).format(c=country) + f" {city}.",
+            rng.choice(data.CAPITAL_QUESTIONS).format(c=country),
+        ]
     for _ in range(100):
         yield from fixed
     for _ in range(sentences):
@@ -47,16 +63,25 @@ def corpus(seed: int, sentences: int = 60000):
 def train_tokenizer(seed: int):
     """A `tokenizers.Tokenizer` of VOCAB_SIZE tokens that puts bos in front of every text."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=SPECIAL, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(corpus(seed), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BEGIN} $A", pair=f"{BEGIN} $A $B", special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))])
+        single=f"{BEGIN} $A", pair=f"{BEGIN} $A $B", special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))]
+    )
     return tokenizer
 
 
@@ -65,9 +90,16 @@ def write(folder: Path, seed: int):
     tokenizer = train_tokenizer(seed)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BEGIN, "eos_token": END_TURN,
-              "pad_token": END, "clean_up_tokenization_spaces": False, "model_max_length": 2048,
-              "model_input_names": ["input_ids", "attention_mask"], "chat_template": CHAT_TEMPLATE}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BEGIN,
+        "eos_token": END_TURN,
+        "pad_token": END,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 2048,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "chat_template": CHAT_TEMPLATE,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

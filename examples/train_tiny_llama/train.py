@@ -9,16 +9,15 @@ import random
 import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-
 import evaluate
 import tiny_tokenizer
+import torch
+import torch.nn.functional as F
 from documents import Author
 from model import CONFIG, Llama
+from safetensors.torch import load_file, save_file
 from tiny_tokenizer import BEGIN, END, END_TURN
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 LENGTHS = (128, 512, 2048)  # tokens per row; every batch has rows of one length
 # (until this share of the steps, odds of the three lengths)
@@ -37,6 +36,7 @@ class Batches(IterableDataset):
 
     def __iter__(self):
         from tokenizers import Tokenizer
+
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         rng = random.Random(f"{self.seed} {worker} {self.start}")
@@ -53,7 +53,7 @@ class Batches(IterableDataset):
             for row in range(rows):
                 columns = author.document(length)
                 for table, column in zip((ids, labels, weights), columns, strict=True):
-                    table[row, :len(column)] = torch.tensor(column)
+                    table[row, : len(column)] = torch.tensor(column)
             yield ids, labels, weights
             step += workers
 
@@ -75,8 +75,10 @@ def optimizers(model: Llama, rate: float):
     """Muon for the matrices, AdamW for embedding and norms."""
     matrices = [w for n, w in model.named_parameters() if w.ndim == 2 and "embed" not in n]
     others = [w for n, w in model.named_parameters() if w.ndim == 1 or "embed" in n]
-    return [torch.optim.Muon(matrices, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
 def rate_at(step: int, steps: int, warmup: int = 100) -> float:
@@ -111,9 +113,15 @@ def main():
         for layer in model.model.layers:
             layer.compile(dynamic=False)
     optimizer = optimizers(model, args.rate)
-    batches = iter(DataLoader(Batches(args.out, args.seed, args.steps, args.tokens, args.start),
-                              batch_size=None, num_workers=args.workers, prefetch_factor=4,
-                              pin_memory=device == "cuda"))
+    batches = iter(
+        DataLoader(
+            Batches(args.out, args.seed, args.steps, args.tokens, args.start),
+            batch_size=None,
+            num_workers=args.workers,
+            prefetch_factor=4,
+            pin_memory=device == "cuda",
+        )
+    )
     seen, total, answers, hits, loss_sum = 0, 0.0, 0.0, 0.0, 0.0
     step = args.start
     while step < args.steps and time.time() - began < args.minutes * 60:
@@ -139,9 +147,12 @@ def main():
         seen += ids.numel()
         step += 1
         if step % 100 == 0 or step == args.steps:
-            print(f"step {step} loss {total / 100:.4f} answer loss {loss_sum / answers:.4f} "
-                  f"answer tokens right {hits / answers:.4f} tokens {seen / 1e6:.0f}M "
-                  f"time {time.time() - began:.0f}s", flush=True)
+            print(
+                f"step {step} loss {total / 100:.4f} answer loss {loss_sum / answers:.4f} "
+                f"answer tokens right {hits / answers:.4f} tokens {seen / 1e6:.0f}M "
+                f"time {time.time() - began:.0f}s",
+                flush=True,
+            )
             total, answers, hits, loss_sum = 0.0, 0.0, 0.0, 0.0
         if step % args.every == 0:
             save(model, args.out)

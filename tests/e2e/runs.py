@@ -6,12 +6,13 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +43,17 @@ class Running:
 
     process: subprocess.Popen[str]
     mark: str
-    ranks: dict[int, int] = field(default_factory=dict)  # rank -> process id
 
     def left(self) -> list[int]:
         """Living processes of this run, the command itself included."""
-        return [pid for pid, _ in _marked(self.mark)]
+        return [pid for pid, _ in marked(self.mark)]
 
-    def rank_pid(self, rank: int) -> int | None:
-        """The process id of a rank's Python, None while it has not started."""
+    def kill(self, rank: int) -> None:
+        """Kill a rank's process."""
         wanted = f"OMPI_COMM_WORLD_RANK={rank}".encode()
-        pids = [pid for pid, variables in _marked(self.mark) if wanted in variables]
-        return pids[0] if pids else None
+        for pid, variables in marked(self.mark):
+            if wanted in variables:
+                os.kill(pid, signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Result:
         assert self.out == ""
 
 
-def _marked(mark: str) -> Iterator[tuple[int, list[bytes]]]:
+def marked(mark: str) -> Iterator[tuple[int, list[bytes]]]:
     """The living processes whose environment has the mark, with their environments."""
     wanted = f"{MARKER}={mark}".encode()
     for entry in Path("/proc").iterdir():
@@ -117,7 +118,7 @@ def started(command: list[str], env: Mapping[str, str]) -> Iterator[Running]:
             yield running
         finally:
             for pid in running.left():
-                os.kill(pid, 9)
+                os.kill(pid, signal.SIGKILL)
 
 
 def end_of(running: Running, bound: float = BOUND) -> Result:

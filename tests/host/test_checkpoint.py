@@ -85,22 +85,26 @@ def test_tensors_that_the_model_does_not_need_are_ignored(tmp_path: Path) -> Non
 
 def change(name: str, value: torch.Tensor | None) -> Callable[[Path], object]:
     """A damage: the tensor `name` replaced, or left out."""
+
     def damage(path: Path) -> None:
         tensors = load_file(path / SINGLE)
         tensors.pop(name)
         save_file({**tensors, name: value} if value is not None else tensors, path / SINGLE)
+
     return damage
 
 
 def header(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     """A damage: the header of the weights edited, the data left as it is."""
+
     def damage(path: Path) -> None:
         data = (path / SINGLE).read_bytes()
         length = struct.unpack("<Q", data[:8])[0]
-        fields = json.loads(data[8:8 + length])
+        fields = json.loads(data[8 : 8 + length])
         edit(fields)
         text = json.dumps(fields).encode()
-        (path / SINGLE).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length:])
+        (path / SINGLE).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
     return damage
 
 
@@ -113,31 +117,41 @@ ONE = b'"a": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}'
 TWICE = b"{" + ONE + b", " + ONE + b"}"
 
 
-@pytest.mark.parametrize(("damage", "words"), [
-    (change(Q_PROJ, None), [Q_PROJ, "lacks"]),
-    (change(Q_PROJ, torch.zeros(128, 32)), [Q_PROJ, "[128, 32]", "[128, 64]"]),
-    (change(Q_PROJ, torch.zeros(8192)), [Q_PROJ, "[8192]", "[128, 64]"]),
-    (change(Q_PROJ, torch.zeros(128, 64, dtype=torch.int8)), [Q_PROJ, "I8", "F32"]),
-    (change("lm_head.weight", None), ["lm_head.weight"]),
-    (raw(b""), ["0 bytes"]), (raw(b"\x01"), ["1 bytes"]),
-    (raw(struct.pack("<Q", 2**62) + b"{}"), [str(2**62)]), (raw(struct.pack("<Q", 2) + b"[]"), ["header"]),
-    (raw(struct.pack("<Q", 2) + b"{x"), ["header"]), (raw(struct.pack("<Q", 2) + b"\xff\xff"), ["header"]),
-    (raw(struct.pack("<Q", len(TWICE)) + TWICE + bytes(4)), ["twice"]),
-    (header(lambda fields: fields[Q_PROJ].pop("shape")), ["header"]),
-    (header(lambda fields: fields[Q_PROJ].update(shape=[2**40, 2**40])), [Q_PROJ]),
-    (header(lambda fields: fields[Q_PROJ].update(shape=[-128, -64])), [Q_PROJ]),
-    (header(lambda fields: fields[Q_PROJ].update(data_offsets=[0, 2**60])), ["bytes"]),
-    (header(lambda fields: fields[Q_PROJ].update(data_offsets=[-8, 8])), ["bytes"]),
-    (header(lambda fields: fields.update({Q_PROJ: 3})), ["header"]),
-    (header(lambda fields: fields[Q_PROJ].update(shape=[float("inf"), 64])), ["header"]),
-    (lambda path: (path / SINGLE).unlink(), ["neither"]),
-    (lambda path: (path / "config.json").unlink(), ["no config.json"]),
-    (lambda path: (path / "config.json").write_text("{"), ["config.json", "JSON"]),
-    (lambda path: (path / "config.json").write_text("[]"), ["config.json", "object"]),
-    (lambda path: (path / "generation_config.json").write_text('{"eos_token_id": "x"}'), ["eos_token_id"]),
-])
-def test_a_damaged_checkpoint_is_refused_from_its_headers(tmp_path: Path, damage: Callable[[Path], Any],
-                                                          words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (change(Q_PROJ, None), [Q_PROJ, "lacks"]),
+        (change(Q_PROJ, torch.zeros(128, 32)), [Q_PROJ, "[128, 32]", "[128, 64]"]),
+        (change(Q_PROJ, torch.zeros(8192)), [Q_PROJ, "[8192]", "[128, 64]"]),
+        (change(Q_PROJ, torch.zeros(128, 64, dtype=torch.int8)), [Q_PROJ, "I8", "F32"]),
+        (change("lm_head.weight", None), ["lm_head.weight"]),
+        (raw(b""), ["0 bytes"]),
+        (raw(b"\x01"), ["1 bytes"]),
+        (raw(struct.pack("<Q", 2**62) + b"{}"), [str(2**62)]),
+        (raw(struct.pack("<Q", 2) + b"[]"), ["header"]),
+        (raw(struct.pack("<Q", 2) + b"{x"), ["header"]),
+        (raw(struct.pack("<Q", 2) + b"\xff\xff"), ["header"]),
+        (raw(struct.pack("<Q", len(TWICE)) + TWICE + bytes(4)), ["twice"]),
+        (header(lambda fields: fields[Q_PROJ].pop("shape")), ["header"]),
+        (header(lambda fields: fields[Q_PROJ].update(shape=[2**40, 2**40])), [Q_PROJ]),
+        (header(lambda fields: fields[Q_PROJ].update(shape=[-128, -64])), [Q_PROJ]),
+        (header(lambda fields: fields[Q_PROJ].update(data_offsets=[0, 2**60])), ["bytes"]),
+        (header(lambda fields: fields[Q_PROJ].update(data_offsets=[-8, 8])), ["bytes"]),
+        (header(lambda fields: fields.update({Q_PROJ: 3})), ["header"]),
+        (header(lambda fields: fields[Q_PROJ].update(shape=[float("inf"), 64])), ["header"]),
+        (lambda path: (path / SINGLE).unlink(), ["neither"]),
+        (lambda path: (path / "config.json").unlink(), ["no config.json"]),
+        (lambda path: (path / "config.json").write_text("{"), ["config.json", "JSON"]),
+        (lambda path: (path / "config.json").write_text("[]"), ["config.json", "object"]),
+        (
+            lambda path: (path / "generation_config.json").write_text('{"eos_token_id": "x"}'),
+            ["eos_token_id"],
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_from_its_headers(
+    tmp_path: Path, damage: Callable[[Path], Any], words: list[str]
+) -> None:
     damage(random_checkpoint(tmp_path, tiny_config(), seed=3))
     with pytest.raises(CheckpointError) as error:
         Checkpoint.open(tmp_path).verify()
@@ -166,10 +180,13 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path: Path) -> N
     random_checkpoint(tmp_path, tiny_config(), seed=3, shards=2)
     index = json.loads((tmp_path / INDEX).read_text())
     files = sorted(set(index["weight_map"].values()))
-    for weight_map, words in (({**index["weight_map"], Q_PROJ: files[1]}, Q_PROJ),
-                              ({**index["weight_map"], Q_PROJ: "../other.safetensors"}, "weight_map"),
-                              ({**index["weight_map"], Q_PROJ: 3}, "weight_map"), (["a"], "weight_map"),
-                              ({Q_PROJ: files[0]}, "model.embed_tokens.weight")):
+    for weight_map, words in (
+        ({**index["weight_map"], Q_PROJ: files[1]}, Q_PROJ),
+        ({**index["weight_map"], Q_PROJ: "../other.safetensors"}, "weight_map"),
+        ({**index["weight_map"], Q_PROJ: 3}, "weight_map"),
+        (["a"], "weight_map"),
+        ({Q_PROJ: files[0]}, "model.embed_tokens.weight"),
+    ):
         (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(CheckpointError, match=words):
             Checkpoint.open(tmp_path).verify()
@@ -227,8 +244,9 @@ def test_the_digest_of_large_weights_samples_start_middle_and_end(tmp_path: Path
     assert len(digests) == 4
 
 
-def test_a_model_that_is_no_folder_is_refused_before_any_network(tmp_path: Path,
-                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_is_no_folder_is_refused_before_any_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
     def never(*_: object, **__: object) -> str:

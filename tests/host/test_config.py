@@ -25,8 +25,14 @@ RAW = hf_config(tiny_config())
 def test_a_config_saved_by_transformers_is_read_with_the_same_values(tmp_path: Path) -> None:
     from transformers import LlamaConfig as Reference
 
-    llama3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
-              "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    llama3 = {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     cases: list[dict[str, Any]] = [
         {},
         {"num_key_value_heads": 8, "rope_parameters": llama3, "eos_token_id": [5, 7]},
@@ -69,8 +75,14 @@ def test_missing_keys_take_the_defaults_of_transformers() -> None:
     }
     config = LlamaConfig.from_hf({"model_type": "llama", **sizes})
     reference: Any = Reference(**sizes)
-    for name in ("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings",
-                 "max_position_embeddings", "bos_token_id"):
+    for name in (
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "max_position_embeddings",
+        "bos_token_id",
+    ):
         assert getattr(config, name) == getattr(reference, name), name
     assert config.eos_token_ids == (reference.eos_token_id,)
     assert config.rope_theta == reference.rope_parameters["rope_theta"]
@@ -85,8 +97,13 @@ def test_the_published_config_of_llama_3_1_8b_is_the_constant() -> None:
 
 
 def test_old_and_new_forms_of_rope_scaling_mean_the_same() -> None:
-    scaling = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 8192}
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     old = LlamaConfig.from_hf({**RAW, "rope_theta": 5e5, "rope_scaling": scaling})
     new = {key: value for key, value in RAW.items() if key not in ("rope_theta", "rope_scaling")}
     assert old == LlamaConfig.from_hf({**new, "rope_parameters": {**scaling, "rope_theta": 5e5}})
@@ -248,15 +265,33 @@ def test_a_file_adds_to_the_flags_and_wins_over_the_variable(tmp_path: Path) -> 
     text, jsonl = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     text.write_text("\ufefffirst\r\n\n  \n sécond \n", encoding="utf-8")
     messages = [{"role": "user", "content": "Hi"}]
-    jsonl.write_text(json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False) + "\n\n"
-                     + json.dumps({"messages": messages, "id": 3}) + "\n", encoding="utf-8")
+    jsonl.write_text(
+        json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False)
+        + "\n\n"
+        + json.dumps({"messages": messages, "id": 3})
+        + "\n",
+        encoding="utf-8",
+    )
     assert resolve_prompts(None, str(text), {"PROMPT": "c"}) == ("first", " sécond ")
     assert resolve_prompts(["flag"], str(jsonl), {}) == ("flag", "a\u2028b", messages)
 
 
-@pytest.mark.parametrize("line", [
-    "{", "[]", "3", "{}", '{"prompt": 3}', '{"prompt": []}', '{"messages": "Hi"}', '{"messages": []}',
-    '{"messages": [{"role": "user"}]}', '{"prompt": "a", "messages": []}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        "3",
+        "{}",
+        '{"prompt": 3}',
+        '{"prompt": []}',
+        '{"messages": "Hi"}',
+        '{"messages": []}',
+        '{"messages": [{"role": "user"}]}',
+        '{"prompt": "a", "messages": []}',
+        "[" * 100_000,
+    ],
+)
 def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: str) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "good"}\n\n' + line + "\n")

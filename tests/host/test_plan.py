@@ -20,6 +20,7 @@ from disagg_tt.plan import (
     most_tokens,
     plan,
     prefill_map,
+    rows_bytes,
 )
 
 WEIGHTS = ("embedding", "layers", "lm_head", "norms")
@@ -137,3 +138,18 @@ def test_weights_are_bfloat16_below_a_billion_parameters():
 def test_what_no_plan_can_have_is_refused(changes, error, message):
     with pytest.raises(error, match=message):
         replace(EIGHT_B, **changes)
+
+
+@pytest.mark.parametrize("tokens", [32, 224, 2048, 8192])
+@pytest.mark.parametrize("kv_dtype", ["bfloat8_b", "bfloat16"])
+def test_most_slots_is_where_decode_stops_to_fit(tokens, kv_dtype):
+    setup = replace(EIGHT_B, tokens=tokens, kv_dtype=kv_dtype)
+    room = decode_map(setup)
+    most = most_slots(setup)
+    pages = [rows_bytes(n, tokens // 32 * 4) for n in (setup.slots, most, most + 1)]
+    free = room.left + room.dram["K/V cache"] + pages[0]
+    taken = [
+        cache_bytes(setup, n * tokens // 32) + rows
+        for n, rows in zip((most, most + 1), pages[1:], strict=True)
+    ]
+    assert taken[0] <= free < taken[1]

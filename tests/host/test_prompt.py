@@ -4,7 +4,6 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +67,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> Iterator[Tokenizer]:
-    yield Tokenizer(folder)
+def tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer(folder)
 
 
 def reference(folder: Path) -> Any:
@@ -82,8 +81,10 @@ def test_raw_text_becomes_the_ids_of_transformers_and_comes_back(folder: Path, t
     theirs, seed = reference(folder), 5
     print("seed", seed)
     rng = random.Random(seed)
-    texts = SENTENCES + ["".join(rng.choice("aé日😀 \n.<|>{}\x00\u2028") for _ in range(rng.randint(1, 40)))
-                         for _ in range(100)]
+    texts = SENTENCES + [
+        "".join(rng.choice("aé日😀 \n.<|>{}\x00\u2028") for _ in range(rng.randint(1, 40)))
+        for _ in range(100)
+    ]
     for text in texts:
         ids = tokenizer.encode(text)
         assert ids == theirs(text)["input_ids"], text
@@ -150,7 +151,9 @@ def test_a_template_runs_in_a_sandbox_and_its_faults_are_typed(tmp_path: Path) -
 def test_text_is_one_user_message_in_chat_and_itself_when_raw(tokenizer: Tokenizer) -> None:
     messages: list[Message] = [{"role": "user", "content": "Hi"}]
     assert encode_prompts(tokenizer, ["Hi", CHAT], True, 200) == [
-        tokenizer.encode_chat(messages), tokenizer.encode_chat(CHAT)]
+        tokenizer.encode_chat(messages),
+        tokenizer.encode_chat(CHAT),
+    ]
     assert encode_prompts(tokenizer, ["Hi"], False, 200) == [tokenizer.encode("Hi")]
 
 
@@ -210,9 +213,11 @@ def test_an_older_format_is_converted_by_transformers(tmp_path: Path) -> None:
 
 
 def test_the_tokenizer_loads_neither_torch_nor_transformers(folder: Path) -> None:
-    code = (f"import sys; from pathlib import Path; from disagg_tt.prompt import Tokenizer\n"
-            f"Tokenizer(Path({str(folder)!r})).encode_chat([{{'role': 'user', 'content': 'Hi'}}])\n"
-            "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))")
+    code = (
+        f"import sys; from pathlib import Path; from disagg_tt.prompt import Tokenizer\n"
+        f"Tokenizer(Path({str(folder)!r})).encode_chat([{{'role': 'user', 'content': 'Hi'}}])\n"
+        "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -233,4 +238,5 @@ def test_the_tokenizer_in_the_package_speaks_the_llama_3_template() -> None:
     )
     assert ours.render_chat(CHAT[3:]) == (
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n")
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )

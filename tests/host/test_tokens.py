@@ -27,8 +27,9 @@ def byte_fallback() -> Tokenizer:
 
     pieces = ["<unk>", "▁Hello", "▁world", "ld", "▁", "é", *(f"<0x{byte:02X}>" for byte in range(256))]
     backend = Backend(models.BPE({piece: n for n, piece in enumerate(pieces)}, [], byte_fallback=True))
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                         decoders.Strip(" ", 1, 0)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     tokenizer = Tokenizer.__new__(Tokenizer)
     tokenizer._tokenizer = backend
     return tokenizer
@@ -92,9 +93,19 @@ def test_top_k_and_top_p_keep_what_they_must() -> None:
     shares = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
     logits = shares.log()
     for temperature, top_k, top_p, kept in (
-            (1, 2, 1, [1, 3]), (1, 1, 1, [1]), (1, 5, 1, [0, 1, 2, 3, 4]), (1, 99, 1, [0, 1, 2, 3, 4]),
-            (1, 0, 0.6, [1, 3]), (1, 0, 0.7, [1, 3, 4]), (1, 0, 1e-9, [1]), (1, 0, 0.39, [1]),
-            (1, 0, 0.97, [0, 1, 2, 3, 4]), (1, 3, 0.6, [1, 3]), (1, 2, 0.9, [1, 3]), (0.25, 0, 0.85, [1, 3])):
+        (1, 2, 1, [1, 3]),
+        (1, 1, 1, [1]),
+        (1, 5, 1, [0, 1, 2, 3, 4]),
+        (1, 99, 1, [0, 1, 2, 3, 4]),
+        (1, 0, 0.6, [1, 3]),
+        (1, 0, 0.7, [1, 3, 4]),
+        (1, 0, 1e-9, [1]),
+        (1, 0, 0.39, [1]),
+        (1, 0, 0.97, [0, 1, 2, 3, 4]),
+        (1, 3, 0.6, [1, 3]),
+        (1, 2, 0.9, [1, 3]),
+        (0.25, 0, 0.85, [1, 3]),
+    ):
         sampling = Sampling(temperature, top_p, top_k)
         drawn = draws(logits, sampling, 1500)
         assert torch.nonzero(drawn).flatten().tolist() == kept, sampling
@@ -111,10 +122,14 @@ def test_the_kept_set_is_the_one_that_a_full_sort_gives() -> None:
         vocabulary = rng.choice([3, 50, 2000])
         logits = rng.choice([0.1, 1, 5, 20]) * torch.randn(vocabulary, generator=generator)
         logits = logits.bfloat16().float()  # so that many are equal
-        sampling = Sampling(rng.choice([0.3, 1.0, 2.0]), rng.choice([1.0, 0.99, 0.9, 0.3]),
-                            rng.choice([0, 1, 7, vocabulary]), rng.randrange(1000))
+        sampling = Sampling(
+            rng.choice([0.3, 1.0, 2.0]),
+            rng.choice([1.0, 0.99, 0.9, 0.3]),
+            rng.choice([0, 1, 7, vocabulary]),
+            rng.randrange(1000),
+        )
         ranked, ids = torch.sort(logits.double(), descending=True, stable=True)
-        shares = torch.softmax(ranked[:sampling.top_k or vocabulary] / sampling.temperature, 0)
+        shares = torch.softmax(ranked[: sampling.top_k or vocabulary] / sampling.temperature, 0)
         kept = int((shares.cumsum(0) < sampling.top_p - 1e-12).sum()) + 1
         allowed = set(ids[:kept].tolist())
         for position in range(20):
@@ -126,8 +141,17 @@ def test_equal_logits_at_the_edge_of_top_k_rank_by_id() -> None:
     assert torch.nonzero(drawn).flatten().tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(5.0, top_k=3), Sampling(1.0, 0.9),
-                                      Sampling(1e-300), Sampling(1e300)])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(1.0),
+        Sampling(5.0, top_k=3),
+        Sampling(1.0, 0.9),
+        Sampling(1e-300),
+        Sampling(1e300),
+    ],
+)
 def test_a_logit_that_is_not_finite_is_never_chosen(sampling: Sampling) -> None:
     nan, inf = math.nan, math.inf
     for row in ([nan, 1, inf, -inf], [-inf, 1, -inf, -inf], [inf, 1.0, nan, nan], [-inf, -1e38, -inf, nan]):
@@ -250,7 +274,7 @@ def test_text_from_a_stop_string_on_never_appears(tokenizer: Tokenizer) -> None:
         assert stream.finished == "stop"
         assert text.startswith(whole)
         # The first stop string to become whole ends the text, at its first character.
-        assert len(whole) in {text.find(s) for s in stop if s in text[:min(ends) + 1]}, (text, stop, whole)
+        assert len(whole) in {text.find(s) for s in stop if s in text[: min(ends) + 1]}, (text, stop, whole)
         assert not any(s in whole for s in stop)
 
 

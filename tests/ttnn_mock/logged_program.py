@@ -1,7 +1,8 @@
 """The model's device calls, logged: prefill, K/V over a socket pair, decode, on two 1x2 meshes of this process.
 
 python tests/ttnn_mock/logged_program.py FOLDER writes FOLDER/MODEL-KVDTYPE-STAGE.jsonl for each case of `CASES`. Which
-device it runs on is DISAGG_TT_DEVICE's matter. Weights are allocated, not loaded: only specs are compared.
+device it runs on is DISAGG_TT_DEVICE's matter. Weights are allocated and stay undefined: only specs are compared, and the
+emulator computes nothing from undefined values.
 """
 
 import sys
@@ -80,7 +81,13 @@ def decode(model: Llama, cache: PagedCache) -> None:
     read(tokens, lambda: torch.zeros(1, ROWS, dtype=torch.int64))
 
 
+def undefined(mesh: Any, shape: list[int], dtype: Any, layout: Any) -> Any:
+    """Return a device tensor to which nothing is written."""
+    return ttnn.allocate_tensor_on_device(ttnn.Shape(shape), dtype, layout, mesh, ttnn.DRAM_MEMORY_CONFIG)
+
+
 def run(folder: Path) -> None:
+    weights.zeros = undefined
     ttnn.set_fabric_config(ttnn.FabricConfig.FABRIC_2D)
     dispatch = ttnn.DispatchCoreConfig(type=ttnn.DispatchCoreType.WORKER)  # what a mock cluster needs
     parent = ttnn.open_mesh_device(ttnn.MeshShape(2, 2), dispatch_core_config=dispatch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -83,8 +84,9 @@ def test_one_process_runs_the_same_calls_without_mpi(generate, flag):
 
 def test_the_example_runs_under_tt_run(mock_environment, tmp_path):
     mapping = mock.write_rank_mapping(tmp_path)
+    programs = Path(sys.executable).parent  # tt-run looks for mpirun on the PATH
     command = [
-        str(Path(sys.executable).with_name("tt-run")),
+        str(programs / "tt-run"),
         *("--rank-binding", str(ROOT / "rank_bindings" / "n300x2_1p1d.yaml")),
         *("--mock-cluster-rank-binding", str(mapping)),
         *("--mpi-args", "--oversubscribe"),
@@ -95,6 +97,7 @@ def test_the_example_runs_under_tt_run(mock_environment, tmp_path):
         ["env", "-C", str(ROOT), *command],
         DISAGG_TT_DEVICE="ttnn",
         PROMPT="What is the capital of Japan?",
+        PATH=f"{programs}{os.pathsep}{os.environ['PATH']}",
         **mock_environment,
     )
     assert (done.code, done.left) == (0, []), done.err

@@ -16,24 +16,30 @@ from disagg_tt.device.emulator.types import DataType
 
 BLOCK = 16
 _BITS = {DataType.BFLOAT8_B: 7, DataType.BFLOAT4_B: 3}
-_SIGN = -(2**31)
-_EXPONENT = 0x7F800000
+# Constants are tensors, since torch converts a Python number anew at every call: 2 us of a small op's 4.
+_EXPONENT = torch.tensor(0x7F800000, dtype=torch.int32)
+_HALF_BFLOAT16, _KEPT_BY_BFLOAT16 = torch.tensor([0x8000, -0x10000], dtype=torch.int32)
+_HALF, _ZERO = torch.tensor([0.5, 0.0])
 
 
 def round_on_host(values: torch.Tensor, dtype: DataType) -> torch.Tensor:
-    """Return float32 or int64 `values` as `dtype` can hold them, as from_torch converts: ties to even."""
+    """Return float32 or int64 `values` as `dtype` can hold them, as from_torch converts: ties to even.
+
+    NaNs become the one NaN 0x7FC00000, of which round_on_device's arithmetic on bits makes no number.
+    """
     if dtype is DataType.BFLOAT16:
         return values.to(torch.bfloat16).to(torch.float32)
     if dtype.is_block_float:
         return _round_block(values.to(torch.float32), _BITS[dtype], away=False)
-    return values.to(dtype.storage)
+    values = values.to(dtype.storage)
+    return values.where(values == values, float("nan")) if dtype is DataType.FLOAT32 else values
 
 
 def round_on_device(values: torch.Tensor, dtype: DataType) -> torch.Tensor:
     """Return float32 `values` as the device packs them into `dtype`: ties away from zero. May modify `values`."""
     if dtype is DataType.BFLOAT16:
         # Half of the last kept place is added to the magnitude's bits, then the dropped bits are cleared.
-        values.view(torch.int32).add_(0x8000).bitwise_and_(-0x10000)
+        values.view(torch.int32).add_(_HALF_BFLOAT16).bitwise_and_(_KEPT_BY_BFLOAT16)
         return values
     if dtype.is_block_float:
         return _round_block(values, _BITS[dtype], away=True)
@@ -41,7 +47,10 @@ def round_on_device(values: torch.Tensor, dtype: DataType) -> torch.Tensor:
 
 
 def _round_block(values: torch.Tensor, bits: int, away: bool) -> torch.Tensor:
-    """Round rows of 16 values to one shared exponent each; the last axis is padded with zeros to whole blocks."""
+    """Round rows of 16 values to one shared exponent each; the last axis is padded with zeros to whole blocks.
+
+    Zeros have no sign. A block whose largest magnitude is below 2^-120 becomes zero (ttnn's host keeps some of it).
+    """
     width = values.shape[-1]
     if width % BLOCK:
         values = torch.nn.functional.pad(values, (0, BLOCK - width % BLOCK))
@@ -50,11 +59,11 @@ def _round_block(values: torch.Tensor, bits: int, away: bool) -> torch.Tensor:
     # The step between two magnitudes of a block is 2^(exponent - bits + 1); its reciprocal is exact as well.
     exponent = largest.view(torch.int32).bitwise_and(_EXPONENT)
     step = (exponent - ((bits - 1) << 23)).clamp_(min=0).view(torch.float32)
-    inverse = torch.where(step > 0, 1.0 / step, 0.0)
+    inverse = torch.where(step > _ZERO, step.reciprocal(), _ZERO)
     scaled = blocks * inverse
     limit = float(2**bits - 1)
-    rounded = (scaled.abs() + 0.5).floor_().copysign_(scaled) if away else scaled.round()
-    result = rounded.clamp_(-limit, limit).mul_(step).reshape(values.shape)
+    rounded = scaled.abs().add_(_HALF).floor_().copysign_(scaled) if away else scaled.round()
+    result = rounded.clamp_(-limit, limit).mul_(step).add_(0.0).reshape(values.shape)
     return result[..., :width] if width != values.shape[-1] else result
 
 

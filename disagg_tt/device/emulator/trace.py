@@ -34,10 +34,10 @@ def execute_trace(
     mesh_device: MeshDevice, trace_id: int, *, cq_id: int | None = None, blocking: bool = True
 ) -> None:
     """Enqueue everything that the trace captured; wait for it if `blocking`."""
-    queue = mesh_device.queue(cq_id)
+    queue, captured = mesh_device.queue(cq_id), _captured(mesh_device, trace_id)
 
-    def run(works: list[Callable[[], None]] = _captured(mesh_device, trace_id)) -> None:
-        for work in works:
+    def run() -> None:
+        for work in captured:
             work()
 
     queue.submit(f"trace {trace_id}", run)

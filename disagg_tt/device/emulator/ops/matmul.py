@@ -57,7 +57,7 @@ def _weight(values: Values) -> torch.Tensor:
     if "bfloat16" not in values.memo:
         columns = values.data.flatten(0, 2).transpose(1, 2)  # type: ignore[union-attr]
         values.memo["bfloat16"] = columns.to(torch.bfloat16).contiguous().transpose(1, 2)
-    return values.memo["bfloat16"]  # type: ignore[no-any-return]
+    return values.memo["bfloat16"]
 
 
 def _multiply(a: Tensor, b: Tensor, spec: Spec) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
