@@ -94,7 +94,7 @@ def serve_prefill(
     sender = MeshSocketSender(
         link.mesh, link.socket, control, layers, overlap=o.overlap, direct=o.direct, deadline_s=o.deadline_s
     )
-    prefill = Prefill(model, sender, run.sampling, timeline)
+    prefill = Prefill(model, sender, run.sampling, timeline, run.watchdog.guard)
     _warm_up_prefill(run, prefill, requests, lambda: control.send("busy"))
     sent: dict[int, int] = {}
     for request in requests:

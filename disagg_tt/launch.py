@@ -245,9 +245,9 @@ def _environment(device: str, env: Mapping[str, str]) -> dict[str, str]:
         defaults |= {f"OMPI_MCA_{name}": value for name, value in MPI_SETTINGS.items()}
     inherited = {name: value for name, value in os.environ.items() if name not in _OF_THE_RANK_ALONE}
     needed = mock.environment() if device == "mock" else {}
+    chosen = {"DISAGG_TT_DEVICE": "emulator" if device == "emulator" else "ttnn"}
     # tt-run looks for mpirun on the PATH, where a virtual environment that was not activated is missing
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    chosen = {"DISAGG_TT_DEVICE": "emulator" if device == "emulator" else "ttnn", "PATH": path}
+    chosen["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     return defaults | inherited | needed | chosen | dict(env)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,13 +24,18 @@ from disagg_tt.perf import Timeline
 from disagg_tt.tokens import Sampling, sample
 
 FirstToken = Callable[[int], None]
+Guard = Callable[[str], AbstractContextManager[Any]]
 
 
 class Prefill:
     """Prefills requests, one at a time, and streams their K and V through `sender`."""
 
-    def __init__(self, model: Llama, sender: KVSender, sampling: Sampling, timeline: Timeline):
+    def __init__(
+        self, model: Llama, sender: KVSender, sampling: Sampling, timeline: Timeline, guard: Guard = nullcontext
+    ):
+        """Make it; `guard(what)` is entered around each wait for the device, which has no deadline of its own."""
         self.model, self.sender, self.sampling, self.timeline = model, sender, sampling, timeline
+        self._guard = guard
 
     def run(self, request: Request, on_first_token: FirstToken) -> int:
         """Prefill and stream `request`; `on_first_token` is called with it as soon as it is known.
@@ -41,12 +47,14 @@ class Prefill:
             self.sender.announce(request)
         started = time.monotonic()
         logits = self.model.prefill(list(request.tokens), self.sender.send_layer)
-        token = self._first_token(logits, len(request.tokens))
+        with self._guard(f"the first token of request {request.id}"):  # behind the sends of its layers
+            token = self._first_token(logits, len(request.tokens))
         computed = time.monotonic()
         on_first_token(token)
         self.timeline.add("prefill", started, computed, request=request.id, tokens=len(request.tokens))
         metadata = Metadata(request.id, len(request.tokens), token, self.model.config.num_hidden_layers)
-        with self.timeline.span("send the rest", request=request.id):
+        what = f"the K/V of request {request.id} to leave"
+        with self._guard(what), self.timeline.span("send the rest", request=request.id):
             self.sender.finish(metadata, PrefillTimes(called, started, computed))
         return self.sender.bytes_sent
 

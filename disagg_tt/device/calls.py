@@ -24,6 +24,7 @@ OPS = {
         "all_reduce",
         "allocate_tensor_on_device",
         "argmax",
+        "copy",
         "copy_host_to_device_tensor",
         "deallocate",
         "embedding",

@@ -1,6 +1,6 @@
 """disagg-tt, except that one rank dies, stops or hangs at a chosen point.
 
-python faulty.py ROLE:WHEN:WHAT generate ...   WHEN: start, prefill, stream, decode. WHAT: dies, stops, hangs.
+python faulty.py ROLE:WHEN:WHAT generate ...   WHEN: start, socket, prefill, stream, decode. WHAT: dies, stops, hangs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def hangs() -> None:
         signal.pause()
 
 
-def at_call(owner: type, name: str, number: int, fault: Callable[[], None]) -> None:
+def at_call(owner: type, name: str, number: int, fault: Callable[[], object]) -> None:
     """Let call `number` of a method begin with the fault."""
     method, calls = getattr(owner, name), 0
 
@@ -45,6 +45,11 @@ def at_call(owner: type, name: str, number: int, fault: Callable[[], None]) -> N
 def inject(when: str, fault: Callable[[], None]) -> None:
     if when == "start":
         fault()
+    elif when == "socket":
+        from disagg_tt.device import ttnn
+        from disagg_tt.link import Link
+
+        at_call(Link, "between_ranks", 1, lambda: (ttnn.init_distributed_context(), fault()))
     elif when == "prefill":
         from disagg_tt.prefill import Prefill
 

@@ -48,7 +48,9 @@ class Ours:
         inputs, rows = self.model.decode_inputs(len(texts)), []
         for step in range(steps):
             positions = [at + step for at in begin]
-            self.model.set_decode_inputs(inputs, [t[p] for t, p in zip(texts, positions, strict=True)], positions)
+            self.model.set_decode_inputs(
+                inputs, [t[p] for t, p in zip(texts, positions, strict=True)], positions
+            )
             rows.append(_values(self.model.decode_step(inputs, self.cache))[: len(texts)])
         return torch.stack(rows, dim=1)
 

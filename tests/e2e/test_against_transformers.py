@@ -70,7 +70,9 @@ def test_next_tokens_and_logits_of_answers(kv_dtype, theirs):
             rows = ours.decode(texts, [len(prompt) - 1 for prompt, _ in group], steps)
             decoded += [row[: len(answer)] for row, (_, answer) in zip(rows, group, strict=True)]
     answers = torch.tensor([token for _, answer in pairs for token in answer])
-    assert (torch.cat(wanted_decode).argmax(dim=-1) == answers).double().mean() > 0.99, "no right answers to agree on"
+    assert (torch.cat(wanted_decode).argmax(dim=-1) == answers).double().mean() > 0.99, (
+        "no right answers to agree on"
+    )
     for name, found, wanted in (("prefill", prefilled, wanted_prefill), ("decode", decoded, wanted_decode)):
         a, b = torch.cat(found), torch.cat(wanted)
         same, fit = agreement(a, b), correlation(a, b)
@@ -84,11 +86,15 @@ def test_next_tokens_and_logits_of_answers(kv_dtype, theirs):
 def test_logits_of_free_text(kv_dtype, theirs):
     """32 prompts of 100 to 470 tokens, 32 positions of each, by prefill and by decode steps."""
     rng, kinds, steps = seeded(18), ("name", "colour", "code"), 32
-    texts = [TOKENIZER.encode(recall_case(rng, kinds[n % 3], 100 + 12 * n, TOKENIZER).prompt) for n in range(SLOTS)]
+    texts = [
+        TOKENIZER.encode(recall_case(rng, kinds[n % 3], 100 + 12 * n, TOKENIZER).prompt) for n in range(SLOTS)
+    ]
     begin = [(len(text) - steps) // 32 * 32 for text in texts]
     expected = [theirs(text) for text in texts]
     with Ours(CHECKPOINT, kv_dtype, slots=SLOTS) as ours:
-        prefilled = torch.cat([ours.prefill(t[:b], s) for s, (t, b) in enumerate(zip(texts, begin, strict=True))])
+        prefilled = torch.cat(
+            [ours.prefill(t[:b], s) for s, (t, b) in enumerate(zip(texts, begin, strict=True))]
+        )
         decoded = ours.decode(texts, begin, steps).flatten(0, 1)
     for name, found, first in (("prefill", prefilled, -32), ("decode", decoded, 0)):
         wanted = torch.cat([e[b + first : b + first + 32] for e, b in zip(expected, begin, strict=True)])

@@ -43,7 +43,9 @@ def compared(folder, config: LlamaConfig, kv_dtype: str, seed: int, chips: int =
     theirs = Theirs(folder)
     expected = [theirs(text) for text in texts]
     with Ours(folder, kv_dtype, chips, slots=2, longest=256) as ours:
-        prefilled = [ours.prefill(text[:b], slot) for slot, (text, b) in enumerate(zip(texts, begin, strict=True))]
+        prefilled = [
+            ours.prefill(text[:b], slot) for slot, (text, b) in enumerate(zip(texts, begin, strict=True))
+        ]
         decoded = ours.decode(texts, begin, steps)
     wanted = [e[b - len(p) : b] for e, b, p in zip(expected, begin, prefilled, strict=True)]
     after = torch.stack([e[b:] for e, b in zip(expected, begin, strict=True)])
@@ -85,7 +87,10 @@ def test_the_comparison_notices_a_missing_rope_scaling(scaling, tmp_path, monkey
 
 
 REFUSED = {
-    "kv heads": (sizes(32, 6, 3), "num_key_value_heads is 3, allowed on a mesh of 2 chips are multiples of 2"),
+    "kv heads": (
+        sizes(32, 6, 3),
+        "num_key_value_heads is 3, allowed on a mesh of 2 chips are multiples of 2",
+    ),
     "heads": (sizes(32, 3, 3), "num_attention_heads is 3"),
     "head_dim": (sizes(48, 4, 2), "head_dim is 48, .* multiples of 32"),
     "hidden": (sizes(32, 4, 2, hidden_size=96), "hidden_size is 96, .* multiples of 64"),
@@ -104,7 +109,9 @@ def test_a_size_that_cannot_be_split_is_refused(name, tmp_path):
 
 def test_two_ranks_run_a_sharded_random_checkpoint_as_one_mesh_does(tmp_path):
     config = sizes(128, 8, 2, vocab_size=333, rope_scaling=LLAMA3)
-    folder = random_checkpoint(tmp_path / "model", config, 9, shards=3, tokenizer_from=small_tokenizer(tmp_path / "words"))
+    folder = random_checkpoint(
+        tmp_path / "model", config, 9, shards=3, tokenizer_from=small_tokenizer(tmp_path / "words")
+    )
     flags = ["--model", str(folder), "--prompt", "What is the capital of France?", "--ignore-eos", "--json"]
     flags += ["--max-new-tokens", "24"]
     two, one = cli("generate", *flags), cli("generate", *flags, "--single-mesh")

@@ -40,7 +40,10 @@ def test_wrong_values(name):
     cli("generate", *flags).refused(message)
 
 
-@pytest.mark.parametrize("words", [[], ["fly"], ["generate", "--colour"], ["generate", "--batch", "many"], ["generate", "--chat", "--raw"]])
+@pytest.mark.parametrize(
+    "words",
+    [[], ["fly"], ["generate", "--colour"], ["generate", "--batch", "many"], ["generate", "--chat", "--raw"]],
+)
 def test_words_that_are_no_command_line(words):
     result = cli(*words)
     assert (result.code, result.out, result.left) == (2, "", [])
@@ -99,9 +102,15 @@ def test_a_checkpoint_that_does_not_do(name, tmp_path):
 PROMPTS = {
     "empty": (["--prompt", ""], "prompt 1 of 1 is empty, allowed is text"),
     "blank, second": (["--prompt", "Hello", "--prompt", " \n"], "prompt 2 of 2 is empty"),
-    "too long": (["--raw", "--prompt", "1 " * 3000], "prompt 1 of 1 has [0-9]+ tokens, allowed are 1 to 2048; shorten"),
+    "too long": (
+        ["--raw", "--prompt", "1 " * 3000],
+        "prompt 1 of 1 has [0-9]+ tokens, allowed are 1 to 2048; shorten",
+    ),
     "longer than the limit": (["--max-seq-len", "10"], "has 24 tokens, allowed are 1 to 10"),
-    "limit beyond the model": (["--max-seq-len", "4096"], "--max-seq-len is 4096; .* is 2048, use at most that"),
+    "limit beyond the model": (
+        ["--max-seq-len", "4096"],
+        "--max-seq-len is 4096; .* is 2048, use at most that",
+    ),
 }
 
 
@@ -112,7 +121,9 @@ def test_a_prompt_that_does_not_do(name):
 
 
 def test_heads_that_do_not_divide_by_the_mesh(tmp_path):
-    model = random_checkpoint(tmp_path / "model", tiny_config(), 1, tokenizer_from=small_tokenizer(tmp_path / "words"))
+    model = random_checkpoint(
+        tmp_path / "model", tiny_config(), 1, tokenizer_from=small_tokenizer(tmp_path / "words")
+    )
     binding = str(ROOT / "rank_bindings" / "1x4x2_1p1d.yaml")
     result = cli("generate", "--model", str(model), "--rank-binding", binding)
     result.refused("num_key_value_heads is 2, allowed on a mesh of 4 chips are multiples of 4")
@@ -120,7 +131,9 @@ def test_heads_that_do_not_divide_by_the_mesh(tmp_path):
 
 def binding_with(folder: Path, *ranks: dict) -> str:
     document = yaml.safe_load(BINDING.read_text())
-    document["rank_bindings"] = [{**entry, **rank} for entry, rank in zip(document["rank_bindings"], ranks, strict=False)]
+    document["rank_bindings"] = [
+        {**entry, **rank} for entry, rank in zip(document["rank_bindings"], ranks, strict=False)
+    ]
     document["mesh_graph_desc_path"] = str(ROOT / document["mesh_graph_desc_path"])
     (folder / "binding.yaml").write_text(yaml.safe_dump(document))
     return str(folder / "binding.yaml")

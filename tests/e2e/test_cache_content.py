@@ -53,7 +53,9 @@ def test_two_ranks_fill_the_cache_as_one_mesh_does(kv_dtype, model, tmp_path):
             for name, a, b in zip("KV", mine, expected, strict=True):
                 assert a.shape == b.shape == (-(-length // 32), 4, 32, 64)
                 for page in range(len(a)):
-                    assert torch.equal(bits(a[page]), bits(b[page])), f"{length} tokens: layer {layer} {name} page {page}"
+                    assert torch.equal(bits(a[page]), bits(b[page])), (
+                        f"{length} tokens: layer {layer} {name} page {page}"
+                    )
                 assert a.any(dim=-1).all(), "a row of zeros"
     pages = {tuple(bits(page[0]).flatten()[:64].tolist()) for page in two[-1][0][0]}
     assert len(pages) == 32, "pages of one prompt differ from each other, so a misplaced one would show"

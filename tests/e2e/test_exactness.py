@@ -26,7 +26,13 @@ def test_two_ranks_equal_one_mesh(kv_dtype, batch, tmp_path):
     flags = ["--raw", "--ignore-eos", "--max-new-tokens", "32", "--kv-dtype", kv_dtype, "--batch", str(batch)]
     result = two_ranks(*flags, "--prompts-file", prompts_file(tmp_path, texts))
     expected = here(
-        prompts=texts, chat=False, ignore_eos=True, max_new_tokens=32, kv_dtype=kv_dtype, batch=batch, single_mesh=True
+        prompts=texts,
+        chat=False,
+        ignore_eos=True,
+        max_new_tokens=32,
+        kv_dtype=kv_dtype,
+        batch=batch,
+        single_mesh=True,
     )
     assert result.tokens() == [answer.tokens for answer in expected]
     assert {len(tokens) for tokens in result.tokens()} == {32}
@@ -38,7 +44,9 @@ def test_two_ranks_equal_one_mesh(kv_dtype, batch, tmp_path):
 @pytest.fixture(scope="module")
 def expected() -> list[list[int]]:
     """The tokens of a few prompts, chats among them, on one mesh."""
-    return tokens_here(prompts=some_prompts(6, 300, chat=True), max_new_tokens=16, ignore_eos=True, single_mesh=True)
+    return tokens_here(
+        prompts=some_prompts(6, 300, chat=True), max_new_tokens=16, ignore_eos=True, single_mesh=True
+    )
 
 
 @pytest.mark.parametrize("overlap", ["inline", "queue", "after"])
@@ -64,8 +72,17 @@ def test_two_ranks_equal_one_mesh_however_k_and_v_leave(flags, expected, tmp_pat
 
 @pytest.mark.parametrize("binding", [b for b in BINDINGS if b != "n300x2"])
 def test_two_ranks_on_other_meshes_equal_one_such_mesh(binding, tmp_path):
-    texts = ["What is the capital of France?", "What is the capital of Peru?", "My name is Bob. What is my name?"]
-    flags = ["--rank-binding", str(ROOT / f"rank_bindings/{binding}_1p1d.yaml"), "--prompts-file", prompts_file(tmp_path, texts)]
+    texts = [
+        "What is the capital of France?",
+        "What is the capital of Peru?",
+        "My name is Bob. What is my name?",
+    ]
+    flags = [
+        "--rank-binding",
+        str(ROOT / f"rank_bindings/{binding}_1p1d.yaml"),
+        "--prompts-file",
+        prompts_file(tmp_path, texts),
+    ]
     two = two_ranks(*flags).answers()
     one = here(prompts=tuple(texts), single_mesh=True, rank_binding=flags[1])
     assert [a["tokens"] for a in two] == [a.tokens for a in one]
@@ -77,7 +94,11 @@ def test_two_ranks_on_other_meshes_equal_one_such_mesh(binding, tmp_path):
 
 
 def test_one_process_on_one_chip_each_equals_one_chip():
-    both = {"prompts": some_prompts(4, 100), "rank_binding": str(ROOT / "rank_bindings/1x1x2_1p1d.yaml"), "ignore_eos": True}
+    both = {
+        "prompts": some_prompts(4, 100),
+        "rank_binding": str(ROOT / "rank_bindings/1x1x2_1p1d.yaml"),
+        "ignore_eos": True,
+    }
     assert tokens_here(one_process=True, **both) == tokens_here(single_mesh=True, **both)
 
 
@@ -86,7 +107,10 @@ def test_sampling_depends_on_the_seed_alone(tmp_path):
     settings = {"temperature": 1.5, "top_p": 0.9, "top_k": 50, "max_new_tokens": 24}
     flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     file = prompts_file(tmp_path, texts)
-    runs = {seed: two_ranks("--raw", "--prompts-file", file, *flags, "--seed", str(seed)).tokens() for seed in (1, 2)}
+    runs = {
+        seed: two_ranks("--raw", "--prompts-file", file, *flags, "--seed", str(seed)).tokens()
+        for seed in (1, 2)
+    }
     for seed, tokens in runs.items():
         assert tokens == tokens_here(prompts=texts, chat=False, seed=seed, single_mesh=True, **settings)
         assert tokens == tokens_here(prompts=texts, chat=False, seed=seed, one_process=True, **settings)

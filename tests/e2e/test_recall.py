@@ -45,7 +45,9 @@ def held_out(chat: bool, seed: int) -> list[Case]:
 def test_two_ranks_recall_what_the_prompt_said(kv_dtype, form, tmp_path):
     cases = held_out(form == "chat", seed=5)
     flags = [f"--{form}", "--kv-dtype", kv_dtype, "--max-new-tokens", "40"]
-    answers = two_ranks(*flags, "--prompts-file", prompts_file(tmp_path, [case.prompt for case in cases])).answers()
+    answers = two_ranks(
+        *flags, "--prompts-file", prompts_file(tmp_path, [case.prompt for case in cases])
+    ).answers()
     assert [(a["text"], a["finish_reason"]) for a in answers] == [(case.answer, "stop") for case in cases]
     assert max(a["prompt_tokens"] for a in answers) > 1400
 
@@ -64,12 +66,17 @@ def code_cases(count: int = 4, seed: int = 11) -> list[Case]:
     rng, cases = seeded(seed), []
     while len(cases) < count:
         case = recall_case(rng, "code", 500, TOKENIZER)
-        if case.prompt.count(case.answer.strip(" .")) == 1 and page_of(case) < len(TOKENIZER.encode(case.prompt)) // TILE - 2:
+        if (
+            case.prompt.count(case.answer.strip(" .")) == 1
+            and page_of(case) < len(TOKENIZER.encode(case.prompt)) // TILE - 2
+        ):
             cases.append(case)
     return cases
 
 
-def answers_with(damage: Callable[[torch.Tensor, torch.Tensor, int, int, int], None], cases: list[Case], monkeypatch) -> list[str]:
+def answers_with(
+    damage: Callable[[torch.Tensor, torch.Tensor, int, int, int], None], cases: list[Case], monkeypatch
+) -> list[str]:
     """The answers when each stream's end is followed by `damage(k, v, layer, page, other page)`, in place, in every layer.
 
     k and v are a layer's pools, [blocks, kv heads, 32, head_dim]; `page` holds the code and `other` does not.

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tensors import OpenMesh
 
 from disagg_tt.device import emulator as ttnn
 from disagg_tt.errors import DeviceError
-
-OpenMesh = Callable[..., Any]
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROW_MAJOR, assert_rounded, bfloat16, chips, generator, height_sharded, put
+from tensors import ROW_MAJOR, assert_rounded, bfloat16, chips, generator, height_sharded, put
 
 from disagg_tt.device import emulator as ttnn
 from disagg_tt.device.emulator.numeric import round_on_device
@@ -44,7 +44,9 @@ class Case:
         self.pools = [put(mesh, self._pool(h), dtype, cut=1) for h in self.history]
 
     def _held(self, values: torch.Tensor) -> torch.Tensor:
-        return round_on_device(values, DataType.BFLOAT16 if self.dtype is ttnn.bfloat16 else DataType.BFLOAT8_B)
+        return round_on_device(
+            values, DataType.BFLOAT16 if self.dtype is ttnn.bfloat16 else DataType.BFLOAT8_B
+        )
 
     def _pool(self, history: torch.Tensor) -> torch.Tensor:
         """Return [blocks, both chips' kv_heads, 32, dim] in which each user's blocks hold its history."""
@@ -84,7 +86,9 @@ class Case:
         )
         expected = torch.zeros(2, 1, self.users, KV * GROUP, DIM)
         for user, position in enumerate(self.positions):
-            keys, values = (h[:, user, :, : position + 1].repeat_interleave(GROUP, dim=1) for h in self.history)
+            keys, values = (
+                h[:, user, :, : position + 1].repeat_interleave(GROUP, dim=1) for h in self.history
+            )
             scores = torch.einsum("chd,chtd->cht", q[:, user], keys) * 0.3
             expected[:, 0, user] = torch.einsum("cht,chtd->chd", scores.softmax(-1), values)
         return chips(result), expected
@@ -104,7 +108,9 @@ POSITIONS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.value)
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("lengths", POSITIONS)
-def test_update_writes_one_row_a_user_and_attention_sees_it(mesh: Any, table: str, lengths: str, dtype: Any) -> None:
+def test_update_writes_one_row_a_user_and_attention_sees_it(
+    mesh: Any, table: str, lengths: str, dtype: Any
+) -> None:
     case = Case(mesh, table, POSITIONS[lengths], dtype, seed=11)
     case.update()
     case.check_pools()
@@ -155,7 +161,9 @@ def test_positions_that_advance_and_a_new_page_table_are_seen(mesh: Any) -> None
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.value)
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("tokens", [1, 31, 32, 33, 100])
-def test_fill_writes_the_tokens_of_one_user_and_its_padding(mesh: Any, tokens: int, table: str, dtype: Any) -> None:
+def test_fill_writes_the_tokens_of_one_user_and_its_padding(
+    mesh: Any, tokens: int, table: str, dtype: Any
+) -> None:
     case = Case(mesh, table, [120, 120, 120], dtype, seed=13)
     values = case._held(torch.randn(1, 2 * KV, tokens, DIM, generator=case.g))
     result = ttnn.experimental.paged_fill_cache(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import OpenMesh
+from tensors import OpenMesh
 
 from disagg_tt.device import emulator as ttnn
 from disagg_tt.errors import DeviceError
@@ -19,7 +19,7 @@ from disagg_tt.errors import DeviceError
 DRAM, L1 = ttnn.BufferType.DRAM, ttnn.BufferType.L1
 
 # Run on the emulator here and on the real runtime in a process of its own: bytes of each bank or core that each takes.
-TENSORS = '''
+TENSORS = """
 def sharded(strategy, height, width, cores):
     return ttnn.create_sharded_memory_config(
         (height, width),
@@ -64,12 +64,12 @@ def taken(mesh, used):
         sizes[name] += [tensor.buffer_page_size(), tensor.buffer_num_pages()]
         del tensor
     return sizes
-'''
+"""
 
 ON_TTNN = (
     "import json, ttnn\n"
     + TENSORS
-    + '''
+    + """
 def used(mesh):
     kinds = (ttnn.BufferType.DRAM, ttnn.BufferType.L1)
     return [ttnn.get_memory_view(mesh, kind).total_bytes_allocated_per_bank for kind in kinds]
@@ -82,7 +82,7 @@ views = [ttnn.get_memory_view(mesh, kind) for kind in (ttnn.BufferType.DRAM, ttn
 sizes = taken(mesh, used)
 sizes["capacity"] = [n for view in views for n in (view.num_banks, view.total_bytes_per_bank)]
 print("RESULT", json.dumps(sizes))
-'''
+"""
 )
 
 
@@ -125,7 +125,9 @@ def allocate(mesh: Any, tiles: int, memory: Any = ttnn.DRAM_MEMORY_CONFIG) -> An
 def test_memory_ends_at_the_real_capacity(mesh: Any, kind: Any, memory: Any) -> None:
     tiles = mesh.memory.limit[kind] // 2048 * mesh.memory.banks[kind]
     whole = allocate(mesh, tiles, memory)
-    with pytest.raises(DeviceError, match=rf"out of {kind.name}: .*needs 2,048 B of each .* are free; free tensors"):
+    with pytest.raises(
+        DeviceError, match=rf"out of {kind.name}: .*needs 2,048 B of each .* are free; free tensors"
+    ):
         allocate(mesh, 1, memory)
     assert mesh.memory.used[kind] == tiles // mesh.memory.banks[kind] * 2048, "the rejected tensor counts"
     del whole
@@ -184,7 +186,9 @@ def test_a_socket_takes_its_fifo_on_the_receiving_end_only(open_mesh: OpenMesh) 
 
     def pair(kind: Any, fifo: int) -> Any:
         memory = ttnn.SocketMemoryConfig(kind, fifo)
-        return ttnn.create_socket_pair(*meshes, ttnn.SocketConfig([ttnn.SocketConnection(core, core)], memory))
+        return ttnn.create_socket_pair(
+            *meshes, ttnn.SocketConfig([ttnn.SocketConnection(core, core)], memory)
+        )
 
     ends = pair(L1, 8192)
     assert [used(m) for m in meshes] == [[0, 64], [0, 8256]]  # as on the mock cluster

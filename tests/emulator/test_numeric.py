@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import generator
+from tensors import generator
 
 from disagg_tt.device.emulator.numeric import pack, round_on_device, round_on_host, unpack
 from disagg_tt.device.emulator.types import DataType
@@ -28,13 +28,21 @@ def test_bfloat16_on_host_rounds_ties_to_even_and_on_device_away_from_zero() -> 
     ulp = 2.0**-7
     ties = torch.tensor([1 + ulp / 2, 1 + 3 * ulp / 2, -1 - ulp / 2, -1 - 3 * ulp / 2])
     assert round_on_host(ties, DataType.BFLOAT16).tolist() == [1, 1 + 2 * ulp, -1, -1 - 2 * ulp]
-    assert round_on_device(ties.clone(), DataType.BFLOAT16).tolist() == [1 + ulp, 1 + 2 * ulp, -1 - ulp, -1 - 2 * ulp]
+    assert round_on_device(ties.clone(), DataType.BFLOAT16).tolist() == [
+        1 + ulp,
+        1 + 2 * ulp,
+        -1 - ulp,
+        -1 - 2 * ulp,
+    ]
 
 
 def test_bfloat16_roundings_agree_wherever_there_is_no_tie() -> None:
     values = torch.randn(4096, generator=generator(1)) * torch.exp2(torch.randint(-90, 90, (4096,)).float())
     tie = bits(values) & 0xFFFF == 0x8000
-    host, device = round_on_host(values, DataType.BFLOAT16), round_on_device(values.clone(), DataType.BFLOAT16)
+    host, device = (
+        round_on_host(values, DataType.BFLOAT16),
+        round_on_device(values.clone(), DataType.BFLOAT16),
+    )
     assert torch.equal(host[~tie], device[~tie])
 
 
@@ -69,7 +77,9 @@ def test_block_float_ties_go_to_even_on_host_and_away_from_zero_on_device(dtype:
 @pytest.mark.parametrize("rounding", [round_on_host, round_on_device])
 def test_block_float_equals_a_scalar_reference(dtype: DataType, rounding) -> None:  # type: ignore[no-untyped-def]
     seed = 2
-    values = torch.randn(8, 64, generator=generator(seed)) * torch.exp2(torch.randint(-20, 20, (8, 64)).float())
+    values = torch.randn(8, 64, generator=generator(seed)) * torch.exp2(
+        torch.randint(-20, 20, (8, 64)).float()
+    )
     values[3] = 0
     rounded = rounding(values.clone(), dtype)
     for block, got in zip(values.reshape(-1, 16).tolist(), rounded.reshape(-1, 16).tolist(), strict=True):
@@ -126,7 +136,7 @@ def test_a_packed_tile_has_the_bytes_of_a_page(dtype: DataType, size: int) -> No
     assert pack(tiles, dtype).numel() == 2 * 6 * size == 12 * dtype.bytes_of(1024)
 
 
-ON_TTNN = '''
+ON_TTNN = """
 import json, sys, torch, ttnn
 from disagg_tt.device.emulator.numeric import round_on_host
 from disagg_tt.device.emulator.types import DataType
@@ -152,7 +162,7 @@ for name, values in cases.items():
             at = tuple(wrong[0].tolist())
             different.append([name, dtype, len(wrong), at, values[at].item(), real[at].item(), ours[at].item()])
 print("RESULT", json.dumps(different))
-'''
+"""
 
 
 @pytest.mark.mock

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import OpenMesh
-from helpers import chips, put
+from tensors import OpenMesh, chips, put
 
 from disagg_tt.device import emulator as ttnn
 from disagg_tt.device.emulator.queue import CommandQueue, Event
@@ -85,7 +84,9 @@ def test_a_queue_that_waits_for_an_event_stalls_until_it(queues: list[CommandQue
     assert order == ["fill", "read"]
 
 
-def test_the_error_of_queued_work_reaches_whoever_waits_and_whoever_enqueues(queues: list[CommandQueue]) -> None:
+def test_the_error_of_queued_work_reaches_whoever_waits_and_whoever_enqueues(
+    queues: list[CommandQueue],
+) -> None:
     def fail() -> None:
         raise DeviceError("no such peer")
 
@@ -116,7 +117,9 @@ def test_a_wait_that_makes_no_progress_says_where_it_is() -> None:
     try:
         queue.submit("recv_async", gate, waits=True)
         queue.submit("add", lambda: None)
-        with pytest.raises(DeviceError, match=r"mesh 0, queue 1: no progress for 0\.05 s; it is at recv_async with 1 op"):
+        with pytest.raises(
+            DeviceError, match=r"mesh 0, queue 1: no progress for 0\.05 s; it is at recv_async with 1 op"
+        ):
             queue.wait()
     finally:
         gate.open()
@@ -130,7 +133,10 @@ def test_using_a_tensor_of_another_queue_needs_an_event(two_queues: Any) -> None
     mesh = two_queues
     x = put(mesh, torch.ones(32, 32))
     y = ttnn.add(x, x)
-    with ttnn.command_queue(1), pytest.raises(DeviceError, match=r"add on .*queue 1 uses a tensor that .*queue 0 writes"):
+    with (
+        ttnn.command_queue(1),
+        pytest.raises(DeviceError, match=r"add on .*queue 1 uses a tensor that .*queue 0 writes"),
+    ):
         ttnn.add(y, y)
     ttnn.wait_for_event(1, ttnn.record_event(mesh, 0))
     with ttnn.command_queue(1):
@@ -163,7 +169,9 @@ def read_on_queue_1(mesh: Any) -> tuple[Any, Any]:
 
 def test_freeing_a_tensor_that_another_queue_may_be_reading_is_an_error(two_queues: Any) -> None:
     x, _ = read_on_queue_1(two_queues)
-    with pytest.raises(DeviceError, match=r"freed while work on .*queue 1 may still be reading it.*event_synchronize"):
+    with pytest.raises(
+        DeviceError, match=r"freed while work on .*queue 1 may still be reading it.*event_synchronize"
+    ):
         ttnn.deallocate(x)
     ttnn.event_synchronize(ttnn.record_event(two_queues, 1))
     ttnn.deallocate(x)
@@ -190,7 +198,9 @@ def test_overwriting_a_tensor_that_another_queue_may_be_reading_is_an_error(two_
     mesh = two_queues
     x, _ = read_on_queue_1(mesh)
     host = ttnn.from_torch(torch.zeros(32, 32), dtype=ttnn.bfloat16, layout=ttnn.TILE_LAYOUT)
-    with pytest.raises(DeviceError, match="copy_host_to_device_tensor on .*queue 0 overwrites a tensor that .*queue 1 may"):
+    with pytest.raises(
+        DeviceError, match="copy_host_to_device_tensor on .*queue 0 overwrites a tensor that .*queue 1 may"
+    ):
         ttnn.copy_host_to_device_tensor(host, x)
     ttnn.wait_for_event(0, ttnn.record_event(mesh, 1))
     ttnn.copy_host_to_device_tensor(host, x)
@@ -208,7 +218,9 @@ def test_a_tensor_freed_behind_queued_work_of_its_own_queue_is_still_used_by_it(
 
 
 @pytest.mark.parametrize("queues_asked", [0, 3])
-def test_only_the_queues_that_dispatch_cores_serve_can_be_opened(open_mesh: OpenMesh, queues_asked: int) -> None:
+def test_only_the_queues_that_dispatch_cores_serve_can_be_opened(
+    open_mesh: OpenMesh, queues_asked: int
+) -> None:
     with pytest.raises(DeviceError, match=f"num_command_queues={queues_asked}; with ETH dispatch 1..2"):
         open_mesh(1, 2, num_command_queues=queues_asked)
     worker = ttnn.DispatchCoreConfig(type=ttnn.DispatchCoreType.WORKER)
@@ -217,5 +229,8 @@ def test_only_the_queues_that_dispatch_cores_serve_can_be_opened(open_mesh: Open
 
 
 def test_an_unopened_queue_cannot_be_chosen(mesh: Any) -> None:
-    with ttnn.command_queue(1), pytest.raises(DeviceError, match=r"command queue 1 of a mesh opened with .*=1; allowed: 0\.\.0"):
+    with (
+        ttnn.command_queue(1),
+        pytest.raises(DeviceError, match=r"command queue 1 of a mesh opened with .*=1; allowed: 0\.\.0"),
+    ):
         put(mesh, torch.ones(32, 32))

@@ -38,9 +38,21 @@ def test_a_stream_goes_from_waiting_to_done_and_begins_again():
 WRONG = {
     "layer before any request": (_Stream(LAYERS), lambda s: s.layer(0), "layer 0 in state done"),
     "end before any request": (_Stream(LAYERS), lambda s: s.end(), "the end in state done"),
-    "streaming before any request": (_Stream(LAYERS), lambda s: s.streaming(), "starting to stream in state done"),
-    "begin while streaming": (streaming(1), lambda s: s.begin(8), "request 8 announced while request 7 is streaming"),
-    "streaming twice": (streaming(), lambda s: s.streaming(), "in state streaming; it is allowed in state waiting"),
+    "streaming before any request": (
+        _Stream(LAYERS),
+        lambda s: s.streaming(),
+        "starting to stream in state done",
+    ),
+    "begin while streaming": (
+        streaming(1),
+        lambda s: s.begin(8),
+        "request 8 announced while request 7 is streaming",
+    ),
+    "streaming twice": (
+        streaming(),
+        lambda s: s.streaming(),
+        "in state streaming; it is allowed in state waiting",
+    ),
     "layer skipped": (streaming(1), lambda s: s.layer(2), "layer 2 of 3; layer 1 is next"),
     "layer twice": (streaming(2), lambda s: s.layer(1), "layer 1 of 3; layer 2 is next"),
     "layer below": (streaming(), lambda s: s.layer(-1), "layer -1 of 3"),

@@ -53,7 +53,9 @@ def test_each_wrong_field_is_refused_by_name(kind):
         check({**message(kind), "more": 1})
 
 
-@pytest.mark.parametrize("value", [None, [], "busy", {}, {"kind": "other"}, {"kind": None}, {"kind": []}, {"kind": {}}])
+@pytest.mark.parametrize(
+    "value", [None, [], "busy", {}, {"kind": "other"}, {"kind": None}, {"kind": []}, {"kind": {}}]
+)
 def test_what_is_no_message_is_refused(value):
     with pytest.raises(StreamError, match="its kind must be one of hello, announce"):
         check(value)
@@ -90,7 +92,9 @@ def test_a_wrong_message_is_not_sent(pair):
     assert pair[1].receive(10, "anything") == {"kind": "busy"}
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff", b"{", b"[" * 100_000, b"no json"], ids=["empty", "byte", "cut", "deep", "text"])
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff", b"{", b"[" * 100_000, b"no json"], ids=["empty", "byte", "cut", "deep", "text"]
+)
 def test_what_is_not_json_is_refused(data, pair):
     pair[0]._socket.send(data)
     with pytest.raises(StreamError, match="control message is not JSON"):
@@ -136,7 +140,9 @@ def test_a_message_to_a_peer_that_is_gone_is_an_error(pair):
 
 
 def test_silence_ends_with_the_deadline(pair):
-    with pytest.raises(PeerError, match=r"a slot: nothing came from the decode rank within 0 s; .*--deadline-s"):
+    with pytest.raises(
+        PeerError, match=r"a slot: nothing came from the decode rank within 0 s; .*--deadline-s"
+    ):
         pair[0].receive(0.05, "a slot")
 
 

@@ -29,7 +29,9 @@ TIMES = PrefillTimes(0.0, 0.0, 0.0)
 class Stream:
     """A sender and a receiver on two meshes of one process; layers are random numbers."""
 
-    def __init__(self, dtype: str, overlap: str = "inline", direct: bool = True, receives_direct: bool | None = None):
+    def __init__(
+        self, dtype: str, overlap: str = "inline", direct: bool = True, receives_direct: bool | None = None
+    ):
         self.dtype = getattr(ttnn, dtype)
         self.parent, self.mesh, there = open_two((1, CHIPS), queues=2)
         ours, theirs = LocalControl.pair()
@@ -112,7 +114,9 @@ def test_bytes_are_counted_by_request(written):
     stream = Stream("bfloat8_b")
     for request, tokens in enumerate((100, 20, 33)):
         stream.send(tokens, request)
-        assert stream.sender.bytes_sent == stream.receiver.bytes_received == expected_bytes(tokens, "bfloat8_b")
+        assert (
+            stream.sender.bytes_sent == stream.receiver.bytes_received == expected_bytes(tokens, "bfloat8_b")
+        )
     assert sum(written) == sum(expected_bytes(tokens, "bfloat8_b") for tokens in (100, 20, 33))
     close_mesh(stream.parent)
 
@@ -157,7 +161,9 @@ def test_a_stream_that_ends_early_sends_no_metadata(written):
     assert stream.metadata == []
 
 
-@pytest.mark.parametrize("wrong", [Metadata(1, 32, 5, 3), Metadata(0, 33, 5, 3), Metadata(0, 32, 5, 2)], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [Metadata(1, 32, 5, 3), Metadata(0, 33, 5, 3), Metadata(0, 32, 5, 2)], ids=str
+)
 def test_metadata_that_does_not_fit_the_announcement_is_refused(wrong):
     stream = Stream("bfloat16")
     stream.sender.announce(Request(0, (1,) * 32, 8))
@@ -191,7 +197,9 @@ def test_layer_is_sent_before_its_attention_unless_all_are_sent_after(overlap, t
 
     recording(ttnn.transformer, "scaled_dot_product_attention", "attention")
     recording(ttnn.experimental, "send_direct_async", "send")
-    options = Options(prompts=("abc",), model=str(folder), max_new_tokens=1, one_process=True, overlap=overlap)
+    options = Options(
+        prompts=("abc",), model=str(folder), max_new_tokens=1, one_process=True, overlap=overlap
+    )
     answer_here(options, lambda event: None)
     layers = CONFIG.num_hidden_layers
     assert calls[:layers] == ["attention"] * layers  # the warm-up, which sends nothing

@@ -54,7 +54,7 @@ def _round_block(values: torch.Tensor, bits: int, away: bool) -> torch.Tensor:
     width = values.shape[-1]
     if width % BLOCK:
         values = torch.nn.functional.pad(values, (0, BLOCK - width % BLOCK))
-    blocks = values.reshape(*values.shape[:-1], -1, BLOCK)
+    blocks = values.reshape(*values.shape[:-1], values.shape[-1] // BLOCK, BLOCK)
     largest = blocks.abs().amax(dim=-1, keepdim=True)
     # The step between two magnitudes of a block is 2^(exponent - bits + 1); its reciprocal is exact as well.
     exponent = largest.view(torch.int32).bitwise_and(_EXPONENT)

@@ -115,16 +115,18 @@ def _meet(config: SocketConfig) -> tuple[bool, Channel, str]:
     _numbers[ends] += 1
     channel = MpiChannel(peer, _numbers[ends], sends)
     mine = {"connections": len(config.connections), "fifo": config.memory_config.fifo_size}
-    channel.put(mine, None)
-    theirs = channel.get_note(
+    late = (
         f"rank {me}: timed out trying to establish a socket connection (make sockets on both ranks before weights and "
-        f"compute): rank {peer} making its end",
-        HANDSHAKE_S,
+        f"compute): rank {peer} making its end"
     )
+    channel.put(mine, None)
+    theirs = channel.get_note(late, HANDSHAKE_S)
     if theirs != mine:
         raise DeviceError(
             f"socket ends differ: rank {me} has {mine}, rank {peer} has {theirs}; give both the same config"
         )
+    channel.put({"met": True}, None)  # without it a late end would believe in one that has given up
+    channel.get_note(late, HANDSHAKE_S)
     return sends, channel, f"rank {peer}"
 
 
@@ -245,6 +247,10 @@ def _receive(what: str, tensor: Tensor, socket: MeshSocket, direct: bool) -> lis
             f"{what} number {number} into {mine}: a matching send on {socket._peer}"
         )
         size = theirs.pop("bytes")
+        # Taken even if it does not fit: until then a large payload keeps the sender from hearing why.
+        payload = socket._channel.get_payload(
+            size, f"{what} number {number}: {size} bytes from {socket._peer}"
+        )
         expected = {"number": number, **mine}
         if theirs != expected:
             error = (
@@ -253,9 +259,6 @@ def _receive(what: str, tensor: Tensor, socket: MeshSocket, direct: bool) -> lis
             )
             socket._channel.put({"error": error}, None)
             raise DeviceError(error)
-        payload = socket._channel.get_payload(
-            size, f"{what} number {number}: {size} bytes from {socket._peer}"
-        )
         shards = unpack(payload, (mesh.get_num_devices(), *spec.padded_shape), spec.dtype)
         socket._channel.put({"error": ""}, None)
         return shards[tuple(slice(0, d) for d in (shards.shape[0], *spec.shape))]

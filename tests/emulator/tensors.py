@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from disagg_tt.device import emulator as ttnn
 
+OpenMesh = Callable[..., Any]
 TILE, ROW_MAJOR = ttnn.TILE_LAYOUT, ttnn.ROW_MAJOR_LAYOUT
 
 
@@ -21,7 +23,9 @@ def put(mesh: Any, values: torch.Tensor, dtype: Any = ttnn.bfloat16, layout: Any
         memory: Any = None) -> Any:  # fmt: skip
     """Return `values` on `mesh`, the same on every chip, or cut along axis `cut` into one part a chip."""
     mapper = ttnn.ReplicateTensorToMesh(mesh) if cut is None else ttnn.ShardTensorToMesh(mesh, dim=cut)
-    return ttnn.from_torch(values, dtype=dtype, layout=layout, device=mesh, mesh_mapper=mapper, memory_config=memory)
+    return ttnn.from_torch(
+        values, dtype=dtype, layout=layout, device=mesh, mesh_mapper=mapper, memory_config=memory
+    )
 
 
 def chips(tensor: Any) -> list[torch.Tensor]:
@@ -61,8 +65,10 @@ def ulp_bfloat16(values: torch.Tensor) -> torch.Tensor:
 
 
 def assert_rounded(got: torch.Tensor, exact: torch.Tensor) -> None:
-    """Check that `got` is `exact` rounded once to bfloat16: within the last place, and 1e-6 for sums in another order."""
+    """Check that `got` is `exact` rounded once to bfloat16: half of the last place, and 1e-6 for sums in another order."""
     assert got.shape == exact.shape
     assert torch.equal(got, bfloat16(got)), "values that bfloat16 cannot hold"
+    if got.numel() == 0:
+        return
     worst = (((got - exact).abs() - 1e-6) / ulp_bfloat16(exact)).max().item()
-    assert worst <= 1.01, f"{worst} units in the last place"
+    assert worst <= 0.55, f"{worst} units in the last place"
