@@ -59,7 +59,11 @@ class DecodeServer:
 
     def handle(self, message: Message) -> None:
         """Act on one control message."""
-        kind = message["kind"]
+        kind, streaming = message["kind"], self.receiver.stream.request
+        if kind in ("layer", "sent") and message["request"] != streaming:
+            raise StreamError(
+                f"a {kind!r} message of request {message['request']} while {streaming} is streaming"
+            )
         if kind == "announce":
             self._accept(message)
         elif kind == "layer":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 from loguru import logger
 
@@ -72,13 +73,15 @@ def run_one_process(run: Run, shape: tuple[int, int]) -> list[Answer]:
     ours, theirs = Link.within_process(shape, queues=queues, trace=o.enable_trace)
     lines = Timeline(PREFILL), Timeline(DECODE)
     hello = {"requests": len(requests), "tokens": run.tokens_a_slot(requests)}
-    server = decode_server(run, theirs, hello, 0.0, lines[1])
-    theirs.control.handler = server.handle  # type: ignore[attr-defined]
-    collect = serve_prefill(run, ours, requests, lines[0])
-    server.finish()
-    answers = collect()
-    theirs.close()
-    ours.close()
+    try:
+        server = decode_server(run, theirs, hello, 0.0, lines[1])
+        theirs.control.handler = server.handle  # type: ignore[attr-defined]
+        collect = serve_prefill(run, ours, requests, lines[0])
+        server.finish()
+        answers = collect()
+    finally:
+        theirs.close()
+        ours.close()
     for line in lines:
         _emit_trace(run, line, 0.0)
     return answers
@@ -155,7 +158,17 @@ def run_single_mesh(run: Run, shape: tuple[int, int]) -> list[Answer]:
     requests = run.requests()
     run.config.check_mesh(shape[0] * shape[1])
     mesh = open_mesh(shape, trace=run.options.enable_trace)
-    timeline, answers = Timeline("single mesh"), Answers(run.emit)
+    timeline = Timeline("single mesh")
+    try:
+        answers = _answer_on(mesh, run, requests, timeline)
+    finally:
+        close_mesh(mesh)
+    _emit_trace(run, timeline, 0.0)
+    return answers
+
+
+def _answer_on(mesh: Any, run: Run, requests: list[Request], timeline: Timeline) -> list[Answer]:
+    answers = Answers(run.emit)
     tokens, slots = run.tokens_a_slot(requests), run.slots(len(requests))
     model = run.load_model(mesh, "single mesh", tokens)
     cache = run.cache(mesh, slots, tokens)
@@ -184,8 +197,6 @@ def run_single_mesh(run: Run, shape: tuple[int, int]) -> list[Answer]:
     while decode.running:
         step()
     decode.close()
-    close_mesh(mesh)
-    _emit_trace(run, timeline, 0.0)
     return answers.in_order()
 
 

@@ -55,6 +55,11 @@ _OF_THE_RANK_ALONE = (
     "TT_RUN_RANK",
 )
 
+RANKS = 2
+TOGETHER_SECONDS = (
+    30.0  # between the first rank's start and the other's; a rank that waits in MPI_Init cannot give up
+)
+
 _POLL_MS = 100
 _FAILED_SECONDS = 10.0  # from the first report of a failure to the end of the job
 _DRAIN_SECONDS = 1.0  # for events still on their way when the last process has ended
@@ -156,6 +161,7 @@ class _Job:
         self.process, self.pipe, self.socket, self.on_event = process, pipe, socket, on_event
         self.output = JobOutput(sys.stderr)
         self.alive: set[int] = set()  # ranks that reported "started" and not yet "closed"
+        self.started: dict[int, float] = {}  # when each rank did
         self.failure: Event | None = None
         self.heard = False
 
@@ -181,6 +187,9 @@ class _Job:
                 reason = f"the job did not end within {deadline:g} s"
             elif not self.heard and now - began > start_deadline:
                 reason = f"no rank reported anything within {start_deadline:g} s"
+            elif 0 < len(self.started) < RANKS and now - min(self.started.values()) > TOGETHER_SECONDS:
+                missing = sorted(set(range(RANKS)) - set(self.started))
+                reason = f"rank {missing[0]} never came: the other started {TOGETHER_SECONDS:g} s ago"
         if not reason and failed_at is None:  # at the end of output mpirun itself is about to exit
             with suppress(subprocess.TimeoutExpired):  # end_session ends it
                 self.process.wait(TERMINATE_SECONDS)
@@ -210,6 +219,7 @@ class _Job:
             self.heard = True
             if event["event"] == "started":
                 self.alive.add(event["rank"])
+                self.started.setdefault(event["rank"], time.monotonic())
             elif event["event"] == "closed":
                 self.alive.discard(event["rank"])
             elif event["event"] == "failed" and self.failure is None:

@@ -31,7 +31,12 @@ class Prefill:
     """Prefills requests, one at a time, and streams their K and V through `sender`."""
 
     def __init__(
-        self, model: Llama, sender: KVSender, sampling: Sampling, timeline: Timeline, guard: Guard = nullcontext
+        self,
+        model: Llama,
+        sender: KVSender,
+        sampling: Sampling,
+        timeline: Timeline,
+        guard: Guard = nullcontext,
     ):
         """Make it; `guard(what)` is entered around each wait for the device, which has no deadline of its own."""
         self.model, self.sender, self.sampling, self.timeline = model, sender, sampling, timeline

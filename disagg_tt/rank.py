@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,10 +97,15 @@ def be_rank(work: Callable[[Seat], None], deadline_s: float, show: Callable[[Eve
             work(Seat(role, 1 - rank, reporter.emit, watchdog))
         except BaseException as error:
             _report(reporter, error)
-            return getattr(error, "exit_code", 1)
+            code = getattr(error, "exit_code", 1)
+        else:
+            return 0
         finally:
             watchdog.close()
-    return 0
+    # Not sys.exit: MPI's own exit handler would wait for the other rank.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run_here(options: Options) -> int:

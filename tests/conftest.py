@@ -17,6 +17,9 @@ from disagg_tt.device import mock
 TESTS = Path(__file__).parent
 REQUIRE_MOCK = os.environ.get("DISAGG_TT_REQUIRE_MOCK") == "1"
 
+os.environ.setdefault(
+    "DISAGG_TT_DEVICE", "emulator"
+)  # in this process; mock tests start processes of their own
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; must be set before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -80,12 +80,18 @@ def log_calls(ttnn: Any, path: Path) -> Iterator[None]:
                 setattr(namespace, name, function)
 
 
+process_log = contextlib.ExitStack()
+"""Holds the log of the whole process open; closing it ends the log."""
+
+
 def log_process(ttnn: Any, environ: Mapping[str, str]) -> None:
-    """Log all calls of this process when DISAGG_TT_LOG_CALLS is set in `environ`."""
+    """Log all calls of this process, into a new file, when DISAGG_TT_LOG_CALLS is set in `environ`."""
     path = environ.get("DISAGG_TT_LOG_CALLS")
     if path:
         rank = environ.get("OMPI_COMM_WORLD_RANK")
-        _install(ttnn, open(path if rank is None else f"{path}.rank{rank}", "w", buffering=1))  # noqa: SIM115 (to the end)
+        file = Path(path if rank is None else f"{path}.rank{rank}")
+        file.unlink(missing_ok=True)
+        process_log.enter_context(log_calls(ttnn, file))
 
 
 def _install(ttnn: Any, file: TextIO) -> list[tuple[Any, str, Callable[..., Any]]]:
@@ -190,10 +196,6 @@ def _memory(config: Any) -> str:
     spread = f"{config.buffer_type.name} {config.memory_layout.name}"
     if shard is None:
         return spread
-    ranges = [f"{r.start.x}-{r.start.y}..{r.end.x}-{r.end.y}" for r in _ranges(shard.grid)]
+    ranges = [f"{r.start.x}-{r.start.y}..{r.end.x}-{r.end.y}" for r in shard.grid.ranges()]
     cores = f"{shard.grid.num_cores()} cores {' '.join(sorted(ranges))}"
     return f"{spread} shard {list(shard.shape)} {shard.orientation.name} on {cores}"
-
-
-def _ranges(grid: Any) -> Any:
-    return grid.ranges() if callable(grid.ranges) else grid.ranges

@@ -8,7 +8,8 @@ hardware would hang or corrupt silently, the emulator says so. It is not a timin
     queue.py        command queues and events
     mesh.py         meshes, memory, fabric
     spec.py         tensor specs
-    tensor.py       tensors, and how an op is launched
+    tensor.py       tensors
+    launch.py       how an op runs
     transfer.py     between host and device
     ops/            the ops
     distributed.py  ranks over MPI

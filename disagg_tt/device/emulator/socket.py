@@ -18,10 +18,11 @@ import torch
 
 from disagg_tt.device.emulator import distributed
 from disagg_tt.device.emulator.channel import Channel, LocalChannel, MpiChannel
+from disagg_tt.device.emulator.launch import launch_in_place, reads
 from disagg_tt.device.emulator.mesh import MeshDevice, fabric_config
 from disagg_tt.device.emulator.numeric import pack, unpack
 from disagg_tt.device.emulator.spec import Spec
-from disagg_tt.device.emulator.tensor import Tensor, launch_in_place, on_device, reads, whole
+from disagg_tt.device.emulator.tensor import Tensor, on_device, whole
 from disagg_tt.device.emulator.types import BufferType, CoreCoord, FabricConfig, MeshCoordinate
 from disagg_tt.errors import DeviceError
 

@@ -1,4 +1,4 @@
-"""Tensors, and how ops are run on them.
+"""Tensors: a spec, values, and the memory that holds them.
 
 `Values.data` is [chips, *shape], or [1, *shape] when every chip holds the same values, so that replicated work is done
 once. It holds only values that the dtype can hold. Two parts of a device tensor may be undefined:
@@ -15,8 +15,6 @@ Buffer: memory is free as soon as the program drops the tensor, as on hardware.
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -151,9 +149,6 @@ class Shard(Tensor):
         self.chip = chip
 
 
-# ---------------------------------------------------------------- running ops
-
-
 def on_device(what: str, *tensors: Tensor) -> MeshDevice:
     """Check that `tensors` are alive and on one mesh, and return it; raises DeviceError."""
     mesh = None
@@ -183,111 +178,6 @@ def on_device(what: str, *tensors: Tensor) -> MeshDevice:
             )
     assert mesh is not None
     return mesh
-
-
-def reads(what: str, queue: CommandQueue, tensor: Tensor) -> None:
-    """Note that the next work of `queue` reads `tensor`; raises DeviceError unless it knows that it was written."""
-    values = tensor._values
-    writer = values.writer
-    if writer is queue or writer is None:
-        return
-    if not queue.knows(writer, values.written):
-        raise DeviceError(
-            f"{what} on {queue.name} uses a tensor that {writer.name} writes, without waiting for it; on hardware it may "
-            "read old data. Record an event after the write and pass it to wait_for_event, or use one queue"
-        )
-    buffer = tensor._buffer
-    assert buffer is not None
-    buffer.readers = [r for r in buffer.readers or () if not r[0].host_knows(r[1])] + [
-        (queue, queue.enqueued + 1)
-    ]
-
-
-def writes(what: str, queue: CommandQueue, tensor: Tensor) -> None:
-    """Note that the next work of `queue` writes `tensor`; raises DeviceError while another queue may be reading it."""
-    buffer = tensor._buffer
-    assert buffer is not None
-    if buffer.viewed and sys.getrefcount(buffer) > 3:  # the tensor's, this function's and the call's
-        raise DeviceError(
-            f"{what} into {tensor.spec!r}, of which a view is alive; the emulator does not write through views"
-        )
-    for reader, sequence in buffer.readers or ():
-        if reader is not queue and not queue.knows(reader, sequence) and not reader.host_knows(sequence):
-            raise DeviceError(
-                f"{what} on {queue.name} overwrites a tensor that {reader.name} may still be reading; wait for an event "
-                "recorded after the read"
-            )
-    tensor._values.writer = queue
-    tensor._values.written = queue.enqueued + 1
-
-
-def launch(what: str, spec: Spec, compute: Callable[..., torch.Tensor], *tensors: Tensor) -> Tensor:
-    """Enqueue `compute`, given the data of `tensors`, and return the tensor of `spec` that it makes."""
-    mesh = on_device(what, *tensors)
-    out = Values()
-    result = Tensor(spec, mesh, out)
-    _submit(what, mesh, out, compute, tensors)
-    return result
-
-
-def view(what: str, spec: Spec, compute: Callable[[torch.Tensor], torch.Tensor], tensor: Tensor) -> Tensor:
-    """Enqueue `compute` as `launch` does, and return a tensor of `spec` in the memory of `tensor`."""
-    mesh = on_device(what, tensor)
-    out = Values()
-    assert tensor._buffer is not None
-    tensor._buffer.viewed = True
-    _submit(what, mesh, out, compute, (tensor,))
-    return Tensor(spec, mesh, out, tensor._buffer)
-
-
-def _submit(
-    what: str,
-    mesh: MeshDevice,
-    out: Values,
-    compute: Callable[..., torch.Tensor],
-    tensors: tuple[Tensor, ...],
-) -> None:
-    queue = mesh.queue()
-    if mesh.has_several_queues:
-        for tensor in tensors:
-            reads(what, queue, tensor)
-    sources = [t._values for t in tensors]
-
-    def work() -> None:
-        data = [s.data for s in sources]
-        for values in data:
-            if values is None:
-                return
-        out.data = compute(*data)
-        for source in sources:
-            if source.private and _shares_memory(out.data, source.data):
-                source.private = False
-
-    out.writer = queue
-    out.written = queue.submit(what, work)
-
-
-def _shares_memory(a: Any, b: Any) -> bool:
-    return bool(a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr())
-
-
-def launch_in_place(
-    what: str, target: Tensor, compute: Callable[..., torch.Tensor], *tensors: Tensor, waits: bool = False
-) -> None:
-    """Enqueue `compute`, given the data of `tensors`, which returns the new data of `target`."""
-    mesh = on_device(what, target, *tensors)
-    queue = mesh.queue()
-    if mesh.has_several_queues:
-        for tensor in (target, *tensors):
-            reads(what, queue, tensor)
-    writes(what, queue, target)
-    first, sources = target._values, [(t._values, t.spec) for t in tensors]
-
-    def work() -> None:
-        first.data = compute(*[defined(values.data, spec) for values, spec in sources])
-        first.memo = None
-
-    queue.submit(what, work, waits)
 
 
 def defined(data: torch.Tensor | None, spec: Spec) -> torch.Tensor:

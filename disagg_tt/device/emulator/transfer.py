@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
+from disagg_tt.device.emulator.launch import launch_in_place, reads
 from disagg_tt.device.emulator.mesh import MeshDevice
 from disagg_tt.device.emulator.numeric import round_on_host
 from disagg_tt.device.emulator.spec import TensorSpec, make_spec
-from disagg_tt.device.emulator.tensor import Shard, Tensor, Values, launch_in_place, on_device, reads, whole
+from disagg_tt.device.emulator.tensor import Shard, Tensor, Values, on_device, whole
 from disagg_tt.device.emulator.types import DataType, Layout, MemoryConfig
 from disagg_tt.errors import DeviceError
 

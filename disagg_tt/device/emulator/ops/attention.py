@@ -7,11 +7,12 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from disagg_tt.device.emulator.launch import launch
 from disagg_tt.device.emulator.numeric import round_on_device
 from disagg_tt.device.emulator.ops.cache import addresses, as_pool
 from disagg_tt.device.emulator.ops.plan import need, need_dtype, need_tile, placed
 from disagg_tt.device.emulator.spec import Spec, make_spec
-from disagg_tt.device.emulator.tensor import Tensor, launch
+from disagg_tt.device.emulator.tensor import Tensor
 from disagg_tt.device.emulator.types import (
     TILE_SIZE,
     DataType,

@@ -11,10 +11,11 @@ from functools import lru_cache
 
 import torch
 
+from disagg_tt.device.emulator.launch import launch_in_place
 from disagg_tt.device.emulator.numeric import round_on_device
 from disagg_tt.device.emulator.ops.plan import need, need_dtype, need_tile
 from disagg_tt.device.emulator.spec import Spec
-from disagg_tt.device.emulator.tensor import Tensor, Values, defined, launch_in_place
+from disagg_tt.device.emulator.tensor import Tensor, Values, defined
 from disagg_tt.device.emulator.types import DataType, Layout
 from disagg_tt.errors import DeviceError
 

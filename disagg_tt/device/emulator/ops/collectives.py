@@ -6,11 +6,12 @@ from functools import lru_cache
 
 import torch
 
+from disagg_tt.device.emulator.launch import launch
 from disagg_tt.device.emulator.mesh import MeshDevice
 from disagg_tt.device.emulator.numeric import round_on_device
 from disagg_tt.device.emulator.ops.plan import need, need_tile, placed
 from disagg_tt.device.emulator.spec import Spec, make_spec
-from disagg_tt.device.emulator.tensor import Tensor, launch, on_device, whole
+from disagg_tt.device.emulator.tensor import Tensor, on_device, whole
 from disagg_tt.device.emulator.types import MemoryConfig
 
 

@@ -6,9 +6,10 @@ from functools import lru_cache
 
 import torch
 
+from disagg_tt.device.emulator.launch import launch
 from disagg_tt.device.emulator.ops.plan import need, need_dtype, need_tile, placed
 from disagg_tt.device.emulator.spec import Spec, make_spec
-from disagg_tt.device.emulator.tensor import Tensor, launch, on_device
+from disagg_tt.device.emulator.tensor import Tensor, on_device
 from disagg_tt.device.emulator.types import (
     TILE_SIZE,
     BufferType,
@@ -174,7 +175,7 @@ def _join_decode_plan(a: Spec, heads: int, grid: CoreCoord, sub_core_grids: Core
     need(a.shape[2] == heads, op, f"num_heads {heads} for input {list(a.shape)}, which has {a.shape[2]}")
     shard = a.memory_config.shard_spec
     need(
-        sub_core_grids is not None or shard is None or len(shard.grid.ranges) == 1,
+        sub_core_grids is not None or shard is None or len(shard.grid.ranges()) == 1,
         op,
         f"input {a!r} lies on cores that are not one rectangle; pass sub_core_grids (ttnn: bad optional access)",
     )

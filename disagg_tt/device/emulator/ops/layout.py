@@ -8,9 +8,10 @@ from functools import lru_cache
 
 import torch
 
+from disagg_tt.device.emulator.launch import launch, view
 from disagg_tt.device.emulator.ops.plan import need, need_dtype, need_tile, placed
 from disagg_tt.device.emulator.spec import Spec, make_spec, tile_padded
-from disagg_tt.device.emulator.tensor import Tensor, launch, view, whole
+from disagg_tt.device.emulator.tensor import Tensor, whole
 from disagg_tt.device.emulator.types import TILE_SIZE, DataType, Layout, MemoryConfig
 from disagg_tt.errors import DeviceError
 

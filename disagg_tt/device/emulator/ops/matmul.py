@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from disagg_tt.device.emulator.launch import launch
 from disagg_tt.device.emulator.numeric import round_on_device
 from disagg_tt.device.emulator.ops.plan import need, need_dtype, need_tile, placed
 from disagg_tt.device.emulator.spec import Spec, make_spec
-from disagg_tt.device.emulator.tensor import Tensor, Values, launch
+from disagg_tt.device.emulator.tensor import Tensor, Values
 from disagg_tt.device.emulator.types import DataType, MemoryConfig, WormholeComputeKernelConfig
 
 
