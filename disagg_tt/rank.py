@@ -79,17 +79,16 @@ def main(options: Options) -> int:
 def be_rank(work: Callable[[Seat], None], deadline_s: float, show: Callable[[Event], None]) -> int:
     """Do `work` as one rank of a job that MPI started and return its exit code.
 
-    What `work` raises is reported. Events go to the launcher, or to `show` where there is none. Raises RankBindingError,
-    before anything else, for a job that is not of two ranks or a role that is none.
+    What `work` raises is reported, and so is, before anything else, a job that is not of two ranks or a role that is none.
+    Events go to the launcher, or to `show` where there is none.
     """
     rank = job_rank()
-    role = role_of(os.environ, rank)
+    try:
+        role = _checked_role(rank)
+    except RankBindingError as error:
+        print(f"disagg-tt: {error}", file=sys.stderr)
+        return error.exit_code
     configure_logging(role, rank)
-    if job_size() != 2:
-        raise RankBindingError(
-            f"this job has {job_size()} ranks; one prefill and one decode rank are needed: start it with tt-run and a rank "
-            "binding of two ranks, such as rank_bindings/n300x2_1p1d.yaml"
-        )
     with Reporter.from_env(os.environ, role, rank, show) as reporter:
         watchdog = Watchdog(deadline_s, lambda what: _give_up(reporter, what, deadline_s))
         try:
@@ -106,6 +105,15 @@ def be_rank(work: Callable[[Seat], None], deadline_s: float, show: Callable[[Eve
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _checked_role(rank: int) -> str:
+    if job_size() != 2:
+        raise RankBindingError(
+            f"this job has {job_size()} {'rank' if job_size() == 1 else 'ranks'}; one prefill and one decode rank are "
+            "needed: start it with tt-run and a rank binding of two ranks, such as rank_bindings/n300x2_1p1d.yaml"
+        )
+    return role_of(os.environ, rank)
 
 
 def run_here(options: Options) -> int:

@@ -9,6 +9,7 @@ batches and the options.
 """
 
 import os
+import sys
 
 from loguru import logger
 
@@ -16,10 +17,9 @@ from disagg_tt.cache import BLOCK, PagedCache
 from disagg_tt.config import DEFAULT_PROMPT
 from disagg_tt.core import PREFILL, Request
 from disagg_tt.decode import Decode
-from disagg_tt.device import log_choice, ttnn
+from disagg_tt.device import ttnn
 from disagg_tt.kv_stream.control import START_UP_S, expect
 from disagg_tt.kv_stream.mesh_socket import MeshSocketReceiver, MeshSocketSender
-from disagg_tt.launch import job_rank
 from disagg_tt.link import Link
 from disagg_tt.model import weights
 from disagg_tt.model.checkpoint import Checkpoint, find_checkpoint
@@ -27,8 +27,7 @@ from disagg_tt.model.llama import Llama
 from disagg_tt.perf import Timeline, decode_times, perf_text
 from disagg_tt.prefill import Prefill
 from disagg_tt.prompt import Tokenizer
-from disagg_tt.rank import mesh_shape_of, role_of
-from disagg_tt.report import configure_logging
+from disagg_tt.rank import Seat, be_rank, mesh_shape_of
 from disagg_tt.tokens import Sampling, TextStream
 
 TOKENS, NEW_TOKENS = 1024, 32  # of prompt and answer together, and of the answer
@@ -77,21 +76,17 @@ def decode(link: Link, model: Llama, tokenizer: Tokenizer) -> None:
     logger.info(perf_text(perf, "decode:"))
 
 
-def main() -> None:
-    rank = job_rank()
-    role, shape = role_of(os.environ, rank), mesh_shape_of(os.environ, None)
-    configure_logging(role, rank)
-    log_choice()
+def main(seat: Seat) -> None:
+    """Be one rank: `seat` says which role is this one's and which rank is the other."""
     checkpoint = Checkpoint.open(find_checkpoint(os.environ.get("HF_MODEL")))
     tokenizer, config = Tokenizer(checkpoint.path), checkpoint.config
     message = {"role": "user", "content": os.environ.get("PROMPT") or DEFAULT_PROMPT}
 
-    link = Link.between_ranks(
-        role, shape, peer=1 - rank, queues=1
-    )  # mesh, socket, barrier: before the weights
+    # Mesh, socket, barrier: before the weights, since the socket's handshake gives up after 10 s.
+    link = Link.between_ranks(seat.role, mesh_shape_of(os.environ, None), seat.peer)
     loaded = weights.load(checkpoint, link.mesh, weights.weight_dtype(config, None))
     model = Llama(link.mesh, config, loaded, TOKENS, ttnn.bfloat8_b)
-    if role == PREFILL:
+    if seat.role == PREFILL:
         prefill(link, model, tokenizer.encode_chat([message]))
     else:
         decode(link, model, tokenizer)
@@ -99,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(be_rank(main, DEADLINE_S, show=lambda event: None))
