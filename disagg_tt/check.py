@@ -31,6 +31,7 @@ from disagg_tt.plan import (
     most_tokens,
     plan,
 )
+from disagg_tt.report import configure_logging
 
 BUILTIN = {"llama-3.1-8b": LLAMA_3_1_8B}
 LENGTHS = (1, 31, 128, 1000, 2048, 8192)
@@ -46,6 +47,7 @@ def main(arguments: argparse.Namespace, words: list[str]) -> int:
         from disagg_tt.dry_run import check_rank
 
         return check_rank(arguments)
+    configure_logging("launcher")
     binding = RankBinding.load(arguments.rank_binding or default_binding())
     setup = setup_of(arguments, chips_of(binding))
     maps = plan(setup)
