@@ -49,6 +49,15 @@ def expected() -> list[list[int]]:
     )
 
 
+@pytest.mark.parametrize("way", ["single_mesh", "one_process"])
+def test_a_replayed_trace_equals_the_step_itself(way, expected):
+    prompts = some_prompts(6, 300, chat=True)
+    found = tokens_here(
+        prompts=prompts, max_new_tokens=16, ignore_eos=True, enable_trace=True, batch=4, **{way: True}
+    )
+    assert found == expected
+
+
 @pytest.mark.parametrize("overlap", ["inline", "queue", "after"])
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "fifo"])
 def test_one_process_equals_one_mesh_however_k_and_v_leave(overlap, direct, expected):

@@ -34,7 +34,7 @@ MODELS = {
 }  # fmt: skip
 KV_DTYPES = ("bfloat8_b", "bfloat16")
 PROMPTS = (1, 31, 100, 1000)
-SLOTS = (1, 3, 32)
+SLOTS = (1, 3, 9, 32)
 CASES = [
     f"{model}-{dtype}-{stage}"
     for model in MODELS
@@ -77,8 +77,8 @@ def decode(model: Llama, cache: PagedCache) -> None:
     if slots > 1:
         positions[-1] = -1
     model.set_decode_inputs(inputs, [5] * slots, positions)
-    tokens = model.greedy(model.decode_step(inputs, cache))
-    read(tokens, lambda: torch.zeros(1, ROWS, dtype=torch.int64))
+    ttnn.copy(model.greedy(model.decode_step(inputs, cache)), inputs.tokens)
+    read(inputs.tokens, lambda: torch.zeros(1, ROWS, dtype=torch.int64))
 
 
 def undefined(mesh: Any, shape: list[int], dtype: Any, layout: Any) -> Any:

@@ -136,6 +136,7 @@ class MeshDevice:
         ]
         queues = [CommandQueue(f"chips {chips} queue {q.name[-1]}", q.timeout_s) for q in self._queues]
         mesh = MeshDevice(MeshShape(rows, columns), chips, self._grid, queues, parent=self)
+        mesh.trace_region_size = self.trace_region_size
         self._submeshes.append(mesh)
         return mesh
 
