@@ -225,6 +225,23 @@ def test_limits(binding):
     assert (code, [event["reason"] for event in events]) == (1, ["the job did not end within 0.2 s"])
 
 
+def test_a_rank_that_never_comes_is_named(binding, monkeypatch):
+    monkeypatch.setattr("disagg_tt.launch.TOGETHER_SECONDS", 1.0)
+    late = "import os, signal\nif os.environ['OMPI_COMM_WORLD_RANK'] == '1': signal.pause()\n"
+    events = []
+    code = run_job(
+        [],
+        binding,
+        "emulator",
+        on_event=events.append,
+        program=[sys.executable, "-c", late + RANK + "wait()"],
+        deadline=BOUND,
+    )
+    assert code == 1
+    assert "rank 1 never came" in named(events, "failed")[0]["reason"]
+    assert [event["rank"] for event in named(events, "started")] == [0]
+
+
 def test_what_is_no_event_does_not_reach_the_handler(binding):
     body = f"""
 import zmq
