@@ -19,12 +19,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from disagg_tt.config import KV_DTYPES
 from disagg_tt.model.checkpoint import find_checkpoint
 from disagg_tt.prompt import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent / "train_tiny_llama"))
 from data import chat_recall_case, recall_case  # noqa: E402
 
+FORMS = ("raw", "chat")
 LONGEST = 1500
 KINDS = ("name", "colour", "code")
 
@@ -93,16 +95,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=50, help="prompts of each form")
     parser.add_argument("--new-tokens", type=int, default=200)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
+    parser.add_argument("--kv-dtypes", nargs="+", choices=KV_DTYPES, default=KV_DTYPES)
     arguments = parser.parse_args(argv)
     began = time.monotonic()
     print(f"{'form':6}{'cache':12}{'batch':>6}{'prompts':>9}{'lengths':>12}{'tokens':>9}{'differing':>11}")
     total = {"prompts": 0, "tokens_compared": 0, "differing_tokens": 0}
     with tempfile.TemporaryDirectory() as folder:
-        for form in ("raw", "chat"):
+        for form in arguments.forms:
             file = Path(folder) / f"{form}.jsonl"
             entries = prompts(arguments.prompts, LONGEST, form == "chat", arguments.seed)
             file.write_text("\n".join(map(json.dumps, entries)))
-            for dtype in ("bfloat8_b", "bfloat16"):
+            for dtype in arguments.kv_dtypes:
                 for batch in (1, 32):
                     flags = [f"--{form}", "--prompts-file", str(file), "--ignore-eos"]
                     flags += [

@@ -162,7 +162,8 @@ def test_a_rank_binding_that_does_not_do(name, tmp_path):
 def test_mpirun_with_the_wrong_number_of_ranks(count):
     result = run([*MPIRUN, "-n", str(count), sys.executable, "-m", "disagg_tt", "generate"])
     assert (result.code, result.left) == (2, [])
-    assert f"this job has {count} ranks; one prefill and one decode rank are needed" in result.err
+    ranks = "1 rank" if count == 1 else f"{count} ranks"
+    assert f"this job has {ranks}; one prefill and one decode rank are needed" in result.err
     assert "rank_bindings/n300x2_1p1d.yaml" in result.err
     assert "Traceback" not in result.err
 
