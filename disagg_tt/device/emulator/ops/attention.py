@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from disagg_tt.device.emulator.launch import launch
 from disagg_tt.device.emulator.numeric import round_on_device
-from disagg_tt.device.emulator.ops.cache import addresses, as_pool
+from disagg_tt.device.emulator.ops.cache import Addresses, addresses, as_pool
 from disagg_tt.device.emulator.ops.plan import need, need_dtype, need_tile, placed
 from disagg_tt.device.emulator.spec import Spec, make_spec
 from disagg_tt.device.emulator.tensor import Tensor
@@ -222,7 +222,7 @@ def paged_scaled_dot_product_attention_decode(
     return launch("paged_scaled_dot_product_attention_decode", spec, compute, q, k, v, pages, pos)
 
 
-def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, place) -> torch.Tensor:  # type: ignore[no-untyped-def]
+def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, place: Addresses) -> torch.Tensor:
     """Return [chips, kv_heads, users, group, dim] for q of that shape, over the tokens that `place` gathers."""
     k, v = place.gather(keys), place.gather(values)  # [chips, kv_heads, users, length, dim]
     scores = torch.matmul(q, k.transpose(-1, -2))
