@@ -12,6 +12,7 @@ from typing import Any
 from disagg_tt import __version__
 from disagg_tt.config import KV_DTYPES, OVERLAPS, WEIGHT_DTYPES, Options, resolve_prompts
 from disagg_tt.errors import DisaggError, InputError
+from disagg_tt.transfer_config import TRANSPORTS, KVTransferConfig
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,6 +28,9 @@ def parser() -> argparse.ArgumentParser:
         "check", help="dry run of a model on a rank binding, with the memory map of a chip"
     )
     add_check_flags(check)
+    commands.add_parser(
+        "emulate", help="run an unmodified ttnn script on the emulator", add_help=False
+    )  # has a parser of its own, see main
     commands.add_parser("bench", help="measure", add_help=False)  # has a parser of its own, see main
     return top
 
@@ -64,6 +68,11 @@ def add_generate_flags(to: argparse.ArgumentParser) -> None:
     to.add_argument("--stop", action="append", default=[], help="text that ends the answer; repeatable")
     to.add_argument("--ignore-eos", action="store_true", help="go on after the end of the text")
     to.add_argument("--batch", type=int, help="decode slots (default: one a prompt, at most 32)")
+    to.add_argument("--transport", help=f"{', '.join(TRANSPORTS)} (default: {Options.transport})")
+    to.add_argument(
+        "--kv-transfer-config",
+        help="JSON, with vLLM's names: be one of two programs that were started separately",
+    )
     to.add_argument("--overlap", default=Options.overlap, help=f"how K/V leaves: {', '.join(OVERLAPS)}")
     to.add_argument(
         "--fifo", dest="direct", action="store_false", help="send through the socket's FIFO, not directly"
@@ -91,7 +100,10 @@ def options_of(arguments: argparse.Namespace) -> Options:
     """Return the Options that parsed `generate` flags stand for; raises InputError."""
     values = {f.name: getattr(arguments, f.name) for f in fields(Options) if hasattr(arguments, f.name)}
     prompts = resolve_prompts(arguments.prompt, arguments.prompts_file, os.environ)
-    return Options(**{**values, "prompts": prompts, "stop": tuple(arguments.stop)})
+    text = arguments.kv_transfer_config
+    transfer = KVTransferConfig.parse(text, os.environ) if text is not None else None
+    values["transport"] = arguments.transport or (transfer.kv_connector if transfer else Options.transport)
+    return Options(**{**values, "prompts": prompts, "stop": tuple(arguments.stop), "kv_transfer": transfer})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,6 +114,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from disagg_tt.bench import main as bench
 
             return bench(words[1:])
+        if words[:1] == ["conformance"]:
+            from disagg_tt.conformance.run import main as conformance
+
+            return conformance(words[1:])
+        if words[:1] == ["emulate"]:
+            from disagg_tt.emulate import main as emulate
+
+            return emulate(words[1:])
         arguments = parser().parse_args(words)
         if arguments.command == "generate":
             return generate(options_of(arguments), words)
@@ -116,14 +136,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def generate(options: Options, words: list[str]) -> int:
-    """Answer the prompts: as a rank when started by MPI, else here or as the launcher of two ranks."""
+    """Answer the prompts: as a rank when started by MPI, else as one of two programs, here, or as two ranks' launcher."""
     from disagg_tt.launch import in_job
 
+    if options.kv_transfer is not None:
+        from disagg_tt.rank import program_main
+
+        return program_main(options, options.kv_transfer)
     if in_job():
         from disagg_tt.rank import main as rank_main
 
         return rank_main(options)
-    if options.single_mesh or options.one_process:
+    if options.in_one_process:
         from disagg_tt.rank import run_here
 
         return run_here(options)

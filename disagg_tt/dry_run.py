@@ -152,6 +152,7 @@ def _receive(run: DryRun, link: Link, hello: dict[str, int], timeline: Timeline)
     """Take all prompts and decode a step of each; return the model, whose cache is free again."""
     server = decode_server(run, link, hello, 0.0, timeline)
     server.serve()
+    link.stream = None  # else its cache stays, and the batches need the room
     return server.decode.model
 
 

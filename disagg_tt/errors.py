@@ -7,6 +7,7 @@ DisaggError                       exit code 1
 |  |- RankBindingError            a rank binding or mesh descriptor that does not make a prefill and a decode mesh
 |  `- PlanError                   a model and cache that do not fit, or cannot be split over, the mesh
 |- DeviceError                    a call that the device rejects, or that hardware would hang on or corrupt silently
+|  `- NotEmulatedError            a call that ttnn may accept and the emulator does not have
 |- StreamError                    a K/V stream that broke its protocol
 `- PeerError                      the other rank died, hangs, never came, or failed (its reason is in the message)
 """
@@ -40,8 +41,15 @@ class PlanError(InputError):
     """The model or its cache does not fit the mesh's memory, or cannot be split over its chips."""
 
 
-class DeviceError(DisaggError):
-    """A device call is not acceptable: rejected by ttnn's rules, or one that hardware would hang on or corrupt."""
+class DeviceError(DisaggError, RuntimeError):
+    """A device call is not acceptable: rejected by ttnn's rules, or one that hardware would hang on or corrupt.
+
+    A RuntimeError too, because that is what ttnn raises and scripts catch.
+    """
+
+
+class NotEmulatedError(DeviceError):
+    """A call that ttnn may well accept, but that the emulator does not have; the message says what it has."""
 
 
 class StreamError(DisaggError):

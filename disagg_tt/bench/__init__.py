@@ -6,7 +6,11 @@ import argparse
 from collections.abc import Sequence
 from importlib import import_module
 
-COMMANDS = {"stages": "each stage of a request against its reference"}
+COMMANDS = {
+    "emulator": "the emulator against plain torch",
+    "kv": "K and V between two processes, by transport",
+    "stages": "each stage of a request against its reference",
+}
 
 
 def main(argv: Sequence[str]) -> int:

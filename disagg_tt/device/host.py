@@ -37,6 +37,18 @@ def to_device(mesh: Any, values: torch.Tensor, dtype: Any, layout: Any = None) -
     )
 
 
+def staging(mesh: Any, spec: Any) -> tuple[Any, list[torch.Tensor]]:
+    """Return a host tensor of `spec` a chip, for copies from and to `mesh`, and the bytes of every chip's part.
+
+    The bytes, uint8 [bytes of the packed part], row by row of the mesh, are the tensor's own memory: written there, they
+    are what copy_host_to_device_tensor copies.
+    """
+    host = ttnn.allocate_tensor_on_host(spec, mesh)
+    buffer = host.host_buffer()
+    chips = ttnn.MeshCoordinateRange(mesh.shape)
+    return host, [torch.from_dlpack(buffer.get_shard(chip)) for chip in chips]
+
+
 def zeros(mesh: Any, shape: list[int], dtype: Any, layout: Any = None) -> Any:
     """Return a device tensor of zeros in DRAM, `shape` on each chip of `mesh`; TILE layout unless another is given.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from disagg_tt.device.emulator import mesh
+from disagg_tt.device.emulator import mesh, system
 from disagg_tt.device.emulator.types import FabricConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -19,5 +19,5 @@ sys.path += [str(EXAMPLES), str(EXAMPLES / "train_tiny_llama")]
 @pytest.fixture(autouse=True)
 def _host_as_new() -> Iterator[None]:
     yield
-    mesh._open_chips.clear()
+    system.open_chips.clear()
     mesh._fabric = FabricConfig.DISABLED

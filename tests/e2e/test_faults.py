@@ -18,10 +18,12 @@ DEADLINE = 3.0  # seconds that the ranks may wait for each other
 NOTICED = 60.0  # seconds until the job has ended: the deadline or zmq's heartbeats (8), or ttnn's handshake (10), and slack
 LONG = ["--prompt", "Hello!", "--ignore-eos", "--max-new-tokens", "2000", "--json"]
 
+# Who tells it first: the launcher, or the rank that waited for the other, in its own words or the emulator's.
+KILLED = r"SIGKILL|has ended \(its process was killed"
 FAULTS = {
-    "decode:decode:dies": "SIGKILL|decode rank (died|is gone)",
-    "prefill:prefill:dies": "SIGKILL|prefill rank (died|is gone)",
-    "decode:stream:dies": "SIGKILL|decode rank (died|is gone)",
+    "decode:decode:dies": f"{KILLED}|decode rank (died|is gone)",
+    "prefill:prefill:dies": f"{KILLED}|prefill rank (died|is gone)",
+    "decode:stream:dies": f"{KILLED}|decode rank (died|is gone)",
     "decode:decode:stops": "decode rank (died or hangs|is gone)|from the decode rank within",
     "prefill:prefill:stops": "prefill rank (died or hangs|is gone)|from the prefill rank within",
     "decode:stream:stops": "waited 3 s for the (first token|K/V) of request 0",

@@ -58,6 +58,23 @@ def bfloat16(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.bfloat16).to(torch.float32)
 
 
+def values(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Return normally distributed values that bfloat16 holds, as float32."""
+    return bfloat16(torch.randn(shape, generator=generator(seed)))
+
+
+def put_halves(mesh: Any, x: torch.Tensor, layout: Any = TILE, dtype: Any = ttnn.bfloat16) -> Any:
+    """Return `x` with the first half of axis 0 on chip 0 and the second half on chip 1."""
+    return put(mesh, x, dtype, layout, cut=0)
+
+
+def check_halves(result: Any, expected: torch.Tensor) -> None:
+    """Check that chip 0 holds the first half of axis 0 of `expected`, and chip 1 the second half."""
+    for got, part in zip(chips(result), expected.chunk(2), strict=True):
+        assert torch.equal(got, part)
+        assert list(result.shape) == list(part.shape)
+
+
 def ulp_bfloat16(values: torch.Tensor) -> torch.Tensor:
     """Return the distance between neighbouring bfloat16 numbers at each value."""
     exponent = torch.frexp(values.abs().clamp(min=2.0**-100)).exponent
@@ -72,3 +89,21 @@ def assert_rounded(got: torch.Tensor, exact: torch.Tensor) -> None:
         return
     worst = (((got - exact).abs() - 1e-6) / ulp_bfloat16(exact)).max().item()
     assert worst <= 0.55, f"{worst} units in the last place"
+
+
+_MAGNITUDE_BITS = {ttnn.float32: 24, ttnn.bfloat16: 8, ttnn.bfloat8_b: 7, ttnn.bfloat4_b: 3}
+
+
+def assert_one_step(got: torch.Tensor, exact: torch.Tensor, dtype: Any) -> None:
+    """Check that `got` is float64 `exact` to one rounding step of `dtype`, NaN and infinities in the same places."""
+    assert got.shape == exact.shape
+    for what in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(what(got), what(exact)), what.__name__
+    finite, size = exact.isfinite(), exact.abs()
+    if dtype.is_block_float:  # one exponent for 16 values of a row
+        blocks = torch.nn.functional.pad(size, (0, -size.shape[-1] % 16)).unflatten(-1, (-1, 16))
+        size = blocks.amax(-1, keepdim=True).expand_as(blocks).flatten(-2)[..., : size.shape[-1]]
+    exponent = torch.frexp(size.clamp(min=2.0**-100)).exponent
+    steps = (got.double() - exact).abs() / torch.exp2((exponent - _MAGNITUDE_BITS[dtype]).double())
+    worst = steps[finite].max().item() if finite.any() else 0.0
+    assert worst <= 1, f"{worst} rounding steps of {dtype.value}"

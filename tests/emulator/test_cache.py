@@ -10,7 +10,7 @@ from tensors import ROW_MAJOR, assert_rounded, bfloat16, chips, generator, heigh
 
 from disagg_tt.device import emulator as ttnn
 from disagg_tt.device.emulator.numeric import round_on_device
-from disagg_tt.device.emulator.ops.cache import addresses
+from disagg_tt.device.emulator.ops.pages import addresses
 from disagg_tt.device.emulator.types import DataType
 from disagg_tt.errors import DeviceError
 
@@ -139,7 +139,7 @@ def test_update_and_attention_with_random_users_and_positions(mesh: Any, seed: i
 def test_very_different_lengths_take_the_path_of_one_user_at_a_time(mesh: Any) -> None:
     for lengths, spread in (("very different lengths", True), ("block edges", False)):
         case = Case(mesh, "random", POSITIONS[lengths], ttnn.bfloat16, seed=1)
-        assert addresses(case.where, case.table, case.pages.numel()).spread is spread
+        assert addresses(case.where, case.table, case.pools[0].spec).spread is spread
 
 
 def test_positions_that_advance_and_a_new_page_table_are_seen(mesh: Any) -> None:
@@ -188,7 +188,8 @@ def test_writing_a_pool_leaves_what_it_was_made_from_alone(mesh: Any) -> None:
     values = put(mesh, torch.full((1, 2 * KV, 40, DIM), 5.0), cut=1)
     for _ in range(2):
         ttnn.experimental.paged_fill_cache(pool, values, table, batch_idx=0)
-        assert ttnn.to_torch(host).unique().tolist() == [1]
+        everywhere = ttnn.ConcatMeshToTensor(mesh, dim=0)
+        assert ttnn.to_torch(host, mesh_composer=everywhere).unique().tolist() == [1]
         assert chips(copy)[0].unique().tolist() == [1]
         later = ttnn.to_memory_config(pool, ttnn.L1_MEMORY_CONFIG)
         ttnn.experimental.paged_fill_cache(pool, ttnn.zeros_like(values), table, batch_idx=0)

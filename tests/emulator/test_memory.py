@@ -30,6 +30,18 @@ def sharded(strategy, height, width, cores):
     )
 
 
+def blocks(order, height, width, columns, rows):
+    cores = ttnn.CoreRangeSet([ttnn.CoreRange(ttnn.CoreCoord(0, 0), ttnn.CoreCoord(columns - 1, rows - 1))])
+    shard = ttnn.ShardSpec(cores, [height, width], getattr(ttnn.ShardOrientation, order))
+    return ttnn.MemoryConfig(ttnn.TensorMemoryLayout.BLOCK_SHARDED, ttnn.BufferType.L1, shard)
+
+
+def in_dram(height, width, banks):
+    cores = ttnn.num_cores_to_corerangeset(banks, ttnn.CoreCoord(12, 1), True)
+    shard = ttnn.ShardSpec(cores, [height, width], ttnn.ShardOrientation.ROW_MAJOR)
+    return ttnn.MemoryConfig(ttnn.TensorMemoryLayout.WIDTH_SHARDED, ttnn.BufferType.DRAM, shard)
+
+
 def tensors():
     tile, rows = ttnn.TILE_LAYOUT, ttnn.ROW_MAJOR_LAYOUT
     dram, l1 = ttnn.DRAM_MEMORY_CONFIG, ttnn.L1_MEMORY_CONFIG
@@ -52,6 +64,15 @@ def tensors():
         "three users": ([1, 3, 4, 64], ttnn.bfloat16, tile, sharded(height, 32, 64, 3)),
         "32 users": ([1, 32, 16, 128], ttnn.bfloat16, tile, sharded(height, 32, 128, 32)),
         "width sharded": ([1, 1, 32, 1024], ttnn.bfloat8_b, tile, sharded(width, 32, 128, 8)),
+        "one axis in tiles": ([5], ttnn.bfloat16, tile, dram),
+        "no axis": ([], ttnn.bfloat16, rows, dram),
+        "short rows of shards": ([1, 1, 7, 64], ttnn.uint32, rows, sharded(width, 7, 5, 13)),
+        "wider shards than rows": ([3, 1, 50, 5], ttnn.uint32, rows, sharded(height, 25, 6, 6)),
+        "more rows in shards than there are": ([1, 1, 100, 64], ttnn.bfloat16, tile, sharded(height, 64, 64, 2)),
+        "blocks": ([1, 1, 128, 192], ttnn.bfloat16, tile, blocks("ROW_MAJOR", 64, 64, 3, 2)),
+        "blocks by columns": ([1, 1, 128, 192], ttnn.bfloat16, tile, blocks("COL_MAJOR", 64, 64, 2, 3)),
+        "DRAM shards": ([1, 1, 32, 768], ttnn.bfloat8_b, tile, in_dram(32, 64, 12)),
+        "DRAM shards of rows": ([3, 1, 4, 5], ttnn.uint16, rows, in_dram(12, 1, 9)),
     }
 
 
@@ -61,7 +82,8 @@ def taken(mesh, used):
         before = used(mesh)
         tensor = ttnn.allocate_tensor_on_device(ttnn.Shape(shape), dtype, layout, mesh, place)
         sizes[name] = [now - then for now, then in zip(used(mesh), before)]
-        sizes[name] += [tensor.buffer_page_size(), tensor.buffer_num_pages()]
+        sizes[name] += [tensor.buffer_page_size(), tensor.buffer_aligned_page_size(), tensor.buffer_num_pages()]
+        sizes[name] += [list(tensor.padded_shape), tensor.volume()]
         del tensor
     return sizes
 """
@@ -113,6 +135,68 @@ def test_tensors_take_what_the_real_allocator_gives_them(
     memory = mesh.memory
     ours["capacity"] = [memory.banks[DRAM], memory.limit[DRAM], memory.banks[L1], memory.limit[L1]]
     assert ours == real
+
+
+REJECTED = {
+    "half a tile": (([1, 1, 64, 64], "TILE"), ("HEIGHT", (16, 64), (2, 1)), "must be whole tiles of 32x32"),
+    "narrow": (
+        ([1, 1, 64, 64], "TILE"),
+        ("HEIGHT", (32, 32), (2, 1)),
+        "height shards are 32 wide, the tensor 64",
+    ),
+    "low": (([1, 1, 64, 64], "TILE"), ("WIDTH", (32, 32), (2, 1)), "width shards are 32 high, the tensor 64"),
+    "few cores": (([1, 1, 96, 64], "TILE"), ("HEIGHT", (32, 64), (2, 1)), "3 shards of 32x64 for 2 cores"),
+    "few columns": (([1, 1, 64, 96], "TILE"), ("BLOCK", (32, 32), (2, 2)), "2x3 blocks .* has room for 2x2"),
+    "one axis": (([64], "ROW_MAJOR"), ("HEIGHT", (2, 64), (2, 1)), "it must be 1 high"),
+    "outside": (
+        ([1, 1, 64, 64], "TILE"),
+        ("HEIGHT", (32, 64), (9, 1)),
+        "core 8-0 has no L1 bank; the chip has 8x8",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REJECTED)
+def test_tensors_that_cannot_be_cut_into_the_shards_are_rejected(mesh: Any, case: str) -> None:
+    (shape, layout), (kind, shard, (columns, rows)), message = REJECTED[case]
+    cores = ttnn.CoreRangeSet([ttnn.CoreRange((0, 0), (columns - 1, rows - 1))])
+    spec = ttnn.ShardSpec(cores, shard, ttnn.ShardOrientation.ROW_MAJOR)
+    place = ttnn.MemoryConfig(ttnn.TensorMemoryLayout[f"{kind}_SHARDED"], L1, spec)
+    with pytest.raises(DeviceError, match=message):
+        ttnn.allocate_tensor_on_device(shape, ttnn.bfloat16, ttnn.Layout[layout], mesh, place)
+    assert used(mesh) == [0, 0]
+
+
+def test_the_regions_asked_for_are_taken_from_tensors(open_mesh: OpenMesh) -> None:
+    mesh = open_mesh(1, 1, l1_small_size=100, trace_region_size=50_000_000, worker_l1_size=1_000_001)
+    views = {kind: ttnn.get_memory_view(mesh, kind) for kind in ttnn.BufferType}
+    assert {kind.name: view.total_bytes_per_bank for kind, view in views.items()} == {
+        "DRAM": 1_072_693_184 - 4_169_728,
+        "TRACE": 4_169_728,
+        "L1": 1_000_000 - 128,
+        "L1_SMALL": 128,
+    }, "as on the mock cluster"
+    allocate(keep := mesh, 12)
+    assert ttnn.get_memory_view(keep, DRAM).total_bytes_allocated_per_bank == 0, "nobody kept the tensor"
+    with pytest.raises(DeviceError, match="worker_l1_size=1463969; allowed: at most 1463968 B"):
+        open_mesh(1, 1, worker_l1_size=1_463_969)
+
+
+def test_a_mesh_and_its_submesh_must_not_hold_tensors_at_once(mesh: Any) -> None:
+    """On hardware their allocators know nothing of each other: the first tensors of both get one address."""
+    left, right = mesh.create_submeshes(ttnn.MeshShape(1, 1))
+    mine, theirs = allocate(left, 12), allocate(right, 12)
+    with pytest.raises(
+        DeviceError, match="holds 2,048 B a bank there; a mesh and its submeshes allocate without"
+    ):
+        allocate(mesh, 12)
+    again = left.create_submesh(ttnn.MeshShape(1, 1))
+    with pytest.raises(DeviceError, match="overwrite each other"):
+        allocate(again, 12)
+    in_l1 = allocate(mesh, 12, ttnn.L1_MEMORY_CONFIG)
+    assert in_l1.is_allocated(), "another kind of memory is another place"
+    del mine, theirs
+    allocate(mesh, 12)
 
 
 def allocate(mesh: Any, tiles: int, memory: Any = ttnn.DRAM_MEMORY_CONFIG) -> Any:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from socket_ranks import KINDS, PATIENCE, config, empty, read, sent, values
+from jobs import job
+from socket_ranks import KINDS, PATIENCE, config, empty, joined, read, sent, values
 from tensors import OpenMesh
 
 from disagg_tt.device import emulator as ttnn
-from disagg_tt.errors import DeviceError
-from disagg_tt.launch import MPI_SETTINGS
+from disagg_tt.errors import DeviceError, NotEmulatedError
 
-PROGRAM = Path(__file__).with_name("socket_ranks.py")
 WIRE = {  # bytes of both chips' shards, in whole pages
     "bfloat16": 2 * 2 * 2 * 2 * 2048,
     "bfloat8_b": 2 * 2 * 32 * 2 * 1088,
@@ -27,7 +21,7 @@ WIRE = {  # bytes of both chips' shards, in whole pages
     "rows": 2 * 5 * 128,
 }
 MODES = ["fifo", "direct"]
-SCENARIOS = ["exact", "mismatch", "unreceived", "late", "different_ends", "mesh_ids", "context"]
+SCENARIOS = ["exact", "mismatch", "late", "different_ends", "mesh_ids", "context", "ring"]
 
 
 @pytest.fixture
@@ -128,16 +122,16 @@ def test_a_tensor_freed_on_the_sends_own_queue_is_sent_all_the_same(meshes: tupl
 @pytest.mark.parametrize(
     ("other", "differs"),
     [
-        (lambda m: empty(m, "bfloat8_b"), "'dtype': 'bfloat8_b'"),
+        (lambda m: empty(m, "bfloat8_b"), "bfloat8_b"),
         (lambda m: ttnn.allocate_tensor_on_device(ttnn.Shape([1, 2, 72, 64]), ttnn.bfloat16, ttnn.TILE_LAYOUT, m), r"\[1, 2, 72, 64\]"),
-        (lambda m: ttnn.allocate_tensor_on_device(ttnn.Shape([1, 2, 40, 64]), ttnn.bfloat16, ttnn.ROW_MAJOR_LAYOUT, m), "'layout': 'ROW_MAJOR'"),
+        (lambda m: ttnn.allocate_tensor_on_device(ttnn.Shape([1, 2, 40, 64]), ttnn.bfloat16, ttnn.ROW_MAJOR_LAYOUT, m), "ROW_MAJOR"),
     ],
     ids=["dtype", "shape", "layout"],
 )  # fmt: skip
 def test_different_specs_are_an_error_on_both_sides_that_names_both(
     meshes: tuple[Any, Any], other: Any, differs: str
 ) -> None:
-    out, into = pair(meshes)
+    out, into = pair(meshes, fifo=4096)  # holds less than the tensor, so the sender waits for the receiver
     ttnn.experimental.send_async(sent(meshes[0], "bfloat16"), out)
     ttnn.experimental.recv_async(other(meshes[1]), into)
     for mesh in meshes:
@@ -152,12 +146,12 @@ def test_a_fifo_send_and_a_direct_receive_do_not_match(meshes: tuple[Any, Any]) 
     out, into = pair(meshes)
     ttnn.experimental.send_async(sent(meshes[0], "bfloat16"), out)
     ttnn.experimental.recv_direct_async(empty(meshes[1], "bfloat16"), into)
-    with pytest.raises(DeviceError, match="sends .*'mode': 'fifo'.* receives .*'mode': 'direct'"):
+    with pytest.raises(DeviceError, match="sends .* through the FIFO; this end receives .* direct"):
         ttnn.synchronize_device(meshes[1])
 
 
 def test_receives_in_another_order_than_the_sends_are_an_error(meshes: tuple[Any, Any]) -> None:
-    out, into = pair(meshes)
+    out, into = pair(meshes, fifo=4096)
     for kind in ("bfloat16", "uint32"):
         ttnn.experimental.send_async(sent(meshes[0], kind), out)
     for kind in ("uint32", "bfloat16"):
@@ -165,25 +159,135 @@ def test_receives_in_another_order_than_the_sends_are_an_error(meshes: tuple[Any
     for mesh in meshes:
         with pytest.raises(
             DeviceError,
-            match="sends .*'number': 1.*bfloat16.* receives .*'number': 1.*uint32.*order of the sends",
+            match="sends number 1, .*bfloat16.* receives number 1, .*uint32.*order of the sends",
         ):
             ttnn.synchronize_device(mesh)
 
 
-def test_a_receive_that_nobody_sends_ends_with_what_it_waits_for(meshes: tuple[Any, Any]) -> None:
-    _, into = pair(meshes)
-    target = empty(meshes[1], "bfloat16")
+def test_a_fifo_send_is_done_when_the_rest_fits_in_the_fifo(meshes: tuple[Any, Any]) -> None:
+    """8 tiles a chip over two connections: 8 KiB of FIFO for each hold them, 4 KiB do not."""
+    out, into = pair(meshes, fifo=8192)
+    source, target = sent(meshes[0], "bfloat16"), empty(meshes[1], "bfloat16")
+    ttnn.experimental.send_async(source, out)
+    ttnn.synchronize_device(meshes[0])
+    again = ttnn.add(source, source)  # behind the send
     ttnn.experimental.recv_async(target, into)
-    behind = ttnn.add(target, target)
-    with pytest.raises(DeviceError, match="recv_async"):
-        read(meshes[1], behind)
-
-
-def test_a_send_that_nobody_receives_ends_with_what_it_waits_for(meshes: tuple[Any, Any]) -> None:
-    out, _ = pair(meshes)
-    ttnn.experimental.send_async(sent(meshes[0], "bfloat16"), out)
-    with pytest.raises(DeviceError, match="send_async"):
+    assert torch.equal(2 * read(meshes[1], target), read(meshes[0], again))
+    ttnn.experimental.send_async(source, out)
+    ttnn.experimental.send_async(source, out)
+    with pytest.raises(DeviceError, match="send_async number 3 of .*: a matching receive on the other mesh"):
         ttnn.synchronize_device(meshes[0])
+
+
+def test_a_direct_send_is_done_when_it_is_received(meshes: tuple[Any, Any]) -> None:
+    out, _ = pair(meshes, fifo=8192)
+    ttnn.experimental.send_direct_async(sent(meshes[0], "uint32"), out)
+    with pytest.raises(DeviceError, match="send_direct_async number 1 of .*: a matching receive"):
+        ttnn.synchronize_device(meshes[0])
+
+
+def test_what_is_sent_does_not_change_when_its_tensor_is_written_later(meshes: tuple[Any, Any]) -> None:
+    out, into = pair(meshes)
+    relay, back = pair(meshes[::-1])
+    source, target = empty(meshes[0], "bfloat16"), empty(meshes[1], "bfloat16")
+    first = sent(meshes[1], "bfloat16")
+    ttnn.experimental.send_async(first, relay)
+    ttnn.experimental.recv_async(source, back)  # now its memory is its own, and may be written in place
+    ttnn.experimental.send_async(source, out)
+    ttnn.synchronize_device(meshes[0])
+    nothing = ttnn.from_torch(
+        torch.zeros_like(values("bfloat16")), dtype=ttnn.bfloat16, layout=ttnn.TILE_LAYOUT, device=meshes[1],
+        mesh_mapper=ttnn.ShardTensorToMesh(meshes[1], dim=0),
+    )  # fmt: skip
+    ttnn.experimental.send_async(nothing, relay)
+    ttnn.experimental.recv_async(source, back)
+    assert read(meshes[0], source).unique().tolist() == [0]
+    ttnn.experimental.recv_async(target, into)
+    assert torch.equal(read(meshes[1], target), read(meshes[1], first))
+
+
+@pytest.mark.parametrize("replicated", [False, True])
+@pytest.mark.parametrize("kind", ["bfloat16", "rows"])
+def test_connections_may_cross_and_leave_chips_out(
+    meshes: tuple[Any, Any], kind: str, replicated: bool
+) -> None:
+    """Chip 0's shard goes to chip 1; chip 0 of the receiver keeps what it has."""
+    out, into = ttnn.create_socket_pair(*meshes, joined({0: 1}))
+    source, target = sent(meshes[0], kind), empty(meshes[1], kind)
+    if replicated:
+        shard = ttnn.to_torch(ttnn.get_device_tensors(source)[0])
+        source = ttnn.from_torch(shard, dtype=source.dtype, layout=source.layout, device=meshes[0])
+    ttnn.zeros_like(target, optional_tensor=target)
+    ttnn.experimental.send_async(source, out)
+    ttnn.experimental.recv_async(target, into)
+    expected = read(meshes[0], source)[0]
+    assert torch.equal(read(meshes[1], target), torch.stack([torch.zeros_like(expected), expected]))
+    out, into = ttnn.create_socket_pair(*meshes, joined({0: 1, 1: 0}))
+    ttnn.experimental.send_async(source, out)
+    ttnn.experimental.recv_async(target, into)
+    assert torch.equal(read(meshes[1], target), read(meshes[0], source).flip(0))
+
+
+def test_a_chip_joined_to_two_is_an_error(meshes: tuple[Any, Any]) -> None:
+    out, _ = ttnn.create_socket_pair(*meshes, joined({0: 0, (0, 1): 1}))
+    with pytest.raises(DeviceError, match=r"send_async: the sending chip \(0, 0\) is joined to 2 chips"):
+        ttnn.experimental.send_async(sent(meshes[0], "bfloat16"), out)
+    _, into = ttnn.create_socket_pair(*meshes, joined({0: 1, 1: (1, 1)}))
+    with pytest.raises(DeviceError, match=r"recv_async: the receiving chip \(0, 1\) is joined to 2 chips"):
+        ttnn.experimental.recv_async(empty(meshes[1], "bfloat16"), into)
+
+
+def test_an_undefined_tensor_arrives_as_undefined(meshes: tuple[Any, Any]) -> None:
+    out, into = pair(meshes)
+    target = sent(meshes[1], "bfloat16")
+    ttnn.experimental.send_async(empty(meshes[0], "bfloat16"), out)
+    ttnn.experimental.recv_async(target, into)
+    assert read(meshes[1], target).isnan().all()
+    assert out.bytes_written == WIRE["bfloat16"]
+
+
+def test_sockets_that_cannot_be_made_say_why(meshes: tuple[Any, Any]) -> None:
+    core = ttnn.MeshCoreCoord(ttnn.MeshCoordinate(0, 0), ttnn.CoreCoord(0, 0))
+    one = ttnn.SocketConnection(core, core)
+
+    def make(*connections: Any, **memory: Any) -> None:
+        place = ttnn.SocketMemoryConfig(
+            **{"socket_storage_type": ttnn.BufferType.L1, "fifo_size": 4096, **memory}
+        )
+        ttnn.create_socket_pair(*meshes, ttnn.SocketConfig(list(connections), place))
+
+    def at(column: int, x: int = 0) -> Any:
+        return ttnn.MeshCoreCoord(ttnn.MeshCoordinate(0, column), ttnn.CoreCoord(x, 0))
+
+    with pytest.raises(DeviceError, match="no connections"):
+        make()
+    with pytest.raises(DeviceError, match="two connections share the receiver core"):
+        make(one, one)
+    with pytest.raises(DeviceError, match=r"core=\(0,0\)\) is not in the mesh of 1x2 chips"):
+        make(ttnn.SocketConnection(core, at(2)))
+    with pytest.raises(DeviceError, match=r"core=\(9,0\)\) is outside the grid of 8x8 cores"):
+        make(ttnn.SocketConnection(at(0, 9), core))
+    with pytest.raises(DeviceError, match="out of L1: a MeshSocket needs 2,000,000 B"):
+        make(one, fifo_size=2_000_000)
+    with pytest.raises(NotEmulatedError, match="the emulator does not have ttnn's hybrid allocator"):
+        make(one, per_core_allocation=True)
+    with pytest.raises(NotEmulatedError, match="sender_sub_device=0; the emulator does not have sub-devices"):
+        make(one, sender_sub_device=0)
+    with pytest.raises(TypeError, match="give sender_rank and receiver_rank, or sender_mesh_id and receiver"):
+        ttnn.SocketConfig([one], None, sender_mesh_id=0)
+
+
+def test_a_socket_tells_what_it_is(meshes: tuple[Any, Any]) -> None:
+    out, into = ttnn.create_socket_pair(*meshes, joined({0: 1}))
+    assert out.get_mesh_device() is meshes[0]
+    assert [e.get_socket_endpoint_type().name for e in (out, into)] == ["SENDER", "RECEIVER"]
+    (here,), (there,) = out.get_active_cores(), into.get_active_cores()
+    assert here.device_coord == ttnn.MeshCoordinate(0, 0)
+    assert there.device_coord == ttnn.MeshCoordinate(0, 1)
+    (connection,) = out.get_connection_config()
+    assert (connection.sender_core, connection.receiver_core) == (here, there)
+    with pytest.raises(NotEmulatedError, match="the emulator does not have device addresses"):
+        out.get_config_buffer_address()
 
 
 def test_a_fifo_must_hold_a_page_but_direct_needs_none(meshes: tuple[Any, Any]) -> None:
@@ -209,25 +313,16 @@ def test_three_connections_a_chip_fail_at_the_first_send(meshes: tuple[Any, Any]
         ttnn.experimental.send_async(sent(meshes[0], "bfloat16"), out)
 
 
-def test_a_chip_without_a_connection_is_an_error(meshes: tuple[Any, Any]) -> None:
-    one = config()
-    one.connections = one.connections[:2]
-    out, _ = ttnn.create_socket_pair(*meshes, one)
+def test_a_direct_transfer_needs_a_fifo_in_l1(meshes: tuple[Any, Any]) -> None:
+    memory = ttnn.SocketMemoryConfig(ttnn.BufferType.DRAM, 8192)
+    out, into = ttnn.create_socket_pair(*meshes, joined({0: 0, 1: 1}, memory))
     with pytest.raises(
-        DeviceError, match="the socket connects 1 of 2 chips; the others' shards would not move"
+        DeviceError, match="send_direct_async: a FIFO in DRAM; direct transfers need one in L1"
     ):
-        ttnn.experimental.send_async(sent(meshes[0], "bfloat16"), out)
-
-
-def test_sockets_that_cannot_be_made_say_why(meshes: tuple[Any, Any]) -> None:
-    bad = config()
-    bad.connections = []
-    with pytest.raises(DeviceError, match="no connections"):
-        ttnn.create_socket_pair(*meshes, bad)
-    bad = config()
-    bad.connections[1] = bad.connections[0]
-    with pytest.raises(DeviceError, match="two connections share the receiver core"):
-        ttnn.create_socket_pair(*meshes, bad)
+        ttnn.experimental.send_direct_async(sent(meshes[0], "rows"), out)
+    ttnn.experimental.send_async(sent(meshes[0], "rows"), out)
+    ttnn.experimental.recv_async(empty(meshes[1], "rows"), into)
+    ttnn.synchronize_device(meshes[1])
 
 
 def test_the_wrong_end_mesh_or_side_is_an_error(meshes: tuple[Any, Any]) -> None:
@@ -258,24 +353,9 @@ def test_a_socket_needs_a_fabric() -> None:
 # ---------------------------------------------------------------- two ranks
 
 
-def job(*names: str) -> tuple[int, list[dict[str, Any]], str]:
-    """Run the scenarios as two ranks; return the job's exit code, each rank's results, and what was printed."""
-    root = str(PROGRAM.parents[2])
-    settings = {f"OMPI_MCA_{name}": value for name, value in MPI_SETTINGS.items()}
-    if os.geteuid() == 0:
-        settings |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    environment = {**os.environ, **settings, "PYTHONPATH": root, PATIENCE: "30"}
-    mpirun = Path(sys.executable).with_name("mpirun")
-    done = subprocess.run(
-        [str(mpirun), "--oversubscribe", "--bind-to", "none", "-np", "2", sys.executable, str(PROGRAM), *names],
-        env=environment, capture_output=True, text=True, timeout=150,
-    )  # fmt: skip
-    lines = [line.split("RESULT", 1)[1] for line in done.stdout.splitlines() if "RESULT" in line]
-    return done.returncode, sorted(map(json.loads, lines), key=lambda r: r["rank"]), done.stdout + done.stderr
-
-
-def test_two_ranks_move_values_exactly_and_learn_what_went_wrong() -> None:
-    code, results, printed = job(*SCENARIOS)
+@pytest.mark.parametrize("engine", ["shared memory", "MPI"])
+def test_two_ranks_move_values_exactly_and_learn_what_went_wrong(engine: str) -> None:
+    code, results, printed = job(*SCENARIOS, ENGINE=engine)
     assert (code, len(results)) == (0, 2), printed
     sender, receiver = results
 
@@ -284,22 +364,40 @@ def test_two_ranks_move_values_exactly_and_learn_what_went_wrong() -> None:
         assert all(receiver[name]["same"].values()), receiver[name]
         assert (sender[name]["bytes"], receiver[name]["bytes"]) == (2 * sum(WIRE.values()), 0)
 
-    waits_for = re.compile(r"rank 1 .*'number': 1.*\[1, 2, 40, 64\].* did not happen within 1 s")
-    assert waits_for.search(sender["unreceived"]["error"]), sender["unreceived"]["error"]
-    both = re.compile(r"socket transfer mismatch: .* sends .*'bfloat8_b'.* receives .*'bfloat16'")
+    both = re.compile(r"socket transfer mismatch: .* sends .*bfloat8_b.* receives .*bfloat16")
     for rank in results:
         assert both.search(rank["mismatch"]["error"]), rank["mismatch"]["error"]
         assert rank["mismatch"]["seconds"] < 25, "a rank learnt of the mismatch only from its own timeout"
+        assert rank["exact"]["engine"] == {"shared memory": "RingChannel", "MPI": "MpiChannel"}[engine]
         assert "timed out trying to establish a socket connection" in rank["late"]["error"]
         assert "socket ends differ" in rank["different_ends"]["error"]
-        assert "'fifo': 4096" in rank["different_ends"]["error"]
-        assert "'fifo': 8192" in rank["different_ends"]["error"]
+        assert "FIFO of 4096 B" in rank["different_ends"]["error"]
+        assert "FIFO of 8192 B" in rank["different_ends"]["error"]
         assert (
             "mesh id 9 belongs to 0 ranks; the ranks' mesh ids (TT_MESH_ID) are [7, 8]"
             in rank["mesh_ids"]["error"]
         )
         assert (rank["context"]["all"], rank["context"]["size"]) == ([10, 11], 2)
+        assert rank["ring"]["sums"] == [3.0]
     assert receiver["context"]["got"] == "prefill\0"
+    assert "sent 3; both ranks must name the same number" in receiver["context"]["short"]
+    assert "rank 5; allowed are the other ranks of 0..1" in sender["context"]["nobody"]
+    assert "tag -1; allowed" in sender["context"]["tag"]
+
+
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_a_ring_of_ranks_passes_its_tensors_round(ranks: int) -> None:
+    code, results, printed = job("ring", ranks=ranks)
+    assert (code, len(results)) == (0, ranks), printed
+    assert [r["ring"]["sums"] for r in results] == [[sum(range(1, ranks + 1))]] * ranks
+
+
+@pytest.mark.parametrize(("ranks", "seed"), [(2, 1), (2, 2), (3, 3)])
+def test_programs_that_cannot_deadlock_are_never_said_to(ranks: int, seed: int) -> None:
+    code, results, printed = job("stress", ranks=ranks, SEED=str(seed), STEPS="150")
+    assert (code, len(results)) == (0, ranks), f"seed {seed}: {printed}"
+    assert [r["stress"]["wrong"] for r in results] == [0] * ranks, f"seed {seed}"
+    assert sum(r["stress"]["moved"] for r in results) > 10
 
 
 def test_a_rank_that_dies_ends_the_job() -> None:

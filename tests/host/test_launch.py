@@ -98,15 +98,33 @@ THREE = (
 )
 
 
-def test_more_decode_ranks_are_a_binding_but_not_a_pair(tmp_path):
+def test_any_number_of_ranks_is_a_binding_but_only_two_are_a_pair(tmp_path):
     (tmp_path / "three.textproto").write_text(THREE)
     path = write(
         tmp_path, entry(0), entry(1), entry(2), mesh_graph_desc_path=str(tmp_path / "three.textproto")
     )
     binding = RankBinding.load(path)
     with pytest.raises(
-        RankBindingError, match="it has 3 ranks; this program runs one prefill and one decode rank"
+        RankBindingError, match="it has 3 ranks; allowed: this program runs one prefill and one decode rank"
     ):
+        binding.pair()
+    alone = RankBinding.load(write(tmp_path, entry(0, 1)))
+    assert [rank.env["TT_MESH_ID"] for rank in alone.ranks] == ["1"]
+    with pytest.raises(RankBindingError, match="the roles are rank 0 'prefill'"):
+        alone.pair()
+
+
+def test_roles_and_shared_meshes_are_this_programs_matter_not_tt_runs(tmp_path):
+    path = write(tmp_path, entry(0, 0, DISAGG_TT_ROLE="head"), entry(1, 0, TT_VISIBLE_DEVICES="0,1,2,3"))
+    assert [rank.mesh_id for rank in RankBinding.load(path).ranks] == [0, 0]
+
+
+def test_a_rank_may_name_a_descriptor_of_its_own(tmp_path):
+    other = str(bundled_folder() / "mesh_descriptors/1x4x2.textproto")
+    path = write(tmp_path, entry(0), {**entry(1), "mesh_graph_desc_path": other})
+    binding = RankBinding.load(path)
+    assert [rank.env["TT_MESH_GRAPH_DESC_PATH"] for rank in binding.ranks] == [N300X2, other]
+    with pytest.raises(RankBindingError, match="descriptors of their own, .*n300x2.*1x4x2"):
         binding.pair()
 
 
@@ -159,7 +177,7 @@ def test_bad_binding(name, tmp_path):
     entries, message = BAD_BINDINGS[name]
     path = write(tmp_path, *entries)
     with pytest.raises(RankBindingError, match=message) as caught:
-        RankBinding.load(path)
+        RankBinding.load(path).pair()
     assert str(path) in str(caught.value)
     assert caught.value.exit_code == 2
 
@@ -170,7 +188,7 @@ def test_too_few_chips(tmp_path):
     with pytest.raises(
         RankBindingError, match="1x4 = 4 chips; allowed: 2 devices of two chips .* to 4 devices"
     ):
-        RankBinding.load(path)
+        RankBinding.load(path).pair()
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,27 @@ PACKAGE = Path(__file__).parents[2] / "disagg_tt"
 ROWS = (
     ("__init__", "errors"),
     ("core", "perf"),
-    ("config", "blocks", "watchdog", "report", "processes", "job_output", "mesh_descriptor", "terminal"),
+    (
+        "config",
+        "transfer_config",
+        "geometry",
+        "blocks",
+        "watchdog",
+        "report",
+        "processes",
+        "job_output",
+        "mesh_descriptor",
+        "mpi",
+        "terminal",
+    ),
     ("rank_binding",),
     ("device", "launch"),
     ("plan",),
     ("prompt", "tokens", "cache", "model", "kv_stream"),
     ("prefill", "decode"),
     ("run", "link", "decode_server", "generate"),
-    ("serving", "rank", "dry_run", "check"),
-    ("bench", "__main__"),
+    ("serving", "rank", "dry_run", "check", "emulate"),
+    ("bench", "conformance", "__main__"),
 )
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
@@ -91,7 +103,7 @@ def test_only_the_device_layer_imports_ttnn():
 HEAVY = ("torch", "ttnn", "transformers", "tokenizers", "numpy", "mpi4py", "zmq", "jinja2", "yaml")
 
 
-@pytest.mark.parametrize("module", ["disagg_tt", "disagg_tt.__main__"])
+@pytest.mark.parametrize("module", ["disagg_tt", "disagg_tt.__main__", "disagg_tt.emulate"])
 def test_starting_loads_nothing_heavy(module):
     program = f"import sys, {module}; print(*[name for name in {HEAVY} if name in sys.modules])"
     result = subprocess.run(

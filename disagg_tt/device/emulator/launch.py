@@ -51,22 +51,33 @@ def writes(what: str, queue: CommandQueue, tensor: Tensor) -> None:
     tensor._values.written = queue.enqueued + 1
 
 
-def launch(what: str, spec: Spec, compute: Callable[..., torch.Tensor], *tensors: Tensor) -> Tensor:
-    """Enqueue `compute`, given the data of `tensors`, and return the tensor of `spec` that it makes."""
+def launch(
+    what: str, spec: Spec, compute: Callable[..., torch.Tensor], *tensors: Tensor, as_held: bool = False
+) -> Tensor:
+    """Enqueue `compute`, given the data of `tensors`, and return the tensor of `spec` that it makes.
+
+    With `as_held` it is given and may return torch.bfloat16 values too (Values.held): for what moves values unchanged.
+    """
     mesh = on_device(what, *tensors)
     out = Values()
     result = Tensor(spec, mesh, out)
-    _submit(what, mesh, out, compute, tensors)
+    _submit(what, mesh, out, compute, tensors, as_held)
     return result
 
 
-def view(what: str, spec: Spec, compute: Callable[[torch.Tensor], torch.Tensor], tensor: Tensor) -> Tensor:
+def view(
+    what: str,
+    spec: Spec,
+    compute: Callable[[torch.Tensor], torch.Tensor],
+    tensor: Tensor,
+    as_held: bool = False,
+) -> Tensor:
     """Enqueue `compute` as `launch` does, and return a tensor of `spec` in the memory of `tensor`."""
     mesh = on_device(what, tensor)
     out = Values()
     assert tensor._buffer is not None
     tensor._buffer.viewed = True
-    _submit(what, mesh, out, compute, (tensor,))
+    _submit(what, mesh, out, compute, (tensor,), as_held)
     return Tensor(spec, mesh, out, tensor._buffer)
 
 
@@ -76,6 +87,7 @@ def _submit(
     out: Values,
     compute: Callable[..., torch.Tensor],
     tensors: tuple[Tensor, ...],
+    as_held: bool,
 ) -> None:
     queue = mesh.queue()
     if mesh.has_several_queues:
@@ -84,13 +96,20 @@ def _submit(
     sources = [t._values for t in tensors]
 
     def work() -> None:
-        data = [s.data for s in sources]
+        data = [s.held for s in sources] if as_held else [s.wide for s in sources]
         for values in data:
-            if values is None:
-                return
-        out.data = compute(*data)
+            if values is None:  # undefined, or there in the other form only
+                data = [s.data for s in sources]
+                if any(values is None for values in data):
+                    return
+                break
+        made = compute(*data)
+        if as_held:
+            out.hold(made)
+        else:
+            out.wide, out.narrow, out.memo = made, None, None
         for source in sources:
-            if source.private and _shares_memory(out.data, source.data):
+            if source.private and _shares_memory(made, source.held if as_held else source.data):
                 source.private = False
 
     out.writer = queue
@@ -102,9 +121,13 @@ def _shares_memory(a: Any, b: Any) -> bool:
 
 
 def launch_in_place(
-    what: str, target: Tensor, compute: Callable[..., torch.Tensor], *tensors: Tensor, waits: bool = False
+    what: str,
+    target: Tensor,
+    compute: Callable[..., torch.Tensor],
+    *tensors: Tensor,
+    as_held: bool = False,
 ) -> None:
-    """Enqueue `compute`, given the data of `tensors`, which returns the new data of `target`."""
+    """Enqueue `compute`, given the data of `tensors`, which returns the new data of `target`; `as_held`: see launch."""
     mesh = on_device(what, target, *tensors)
     queue = mesh.queue()
     if mesh.has_several_queues:
@@ -114,7 +137,9 @@ def launch_in_place(
     first, sources = target._values, [(t._values, t.spec) for t in tensors]
 
     def work() -> None:
-        first.data = compute(*[defined(values.data, spec) for values, spec in sources])
-        first.memo = None
+        made = compute(*[defined(v.held if as_held else v.data, spec) for v, spec in sources])
+        if made is not first.held:
+            first.private = False  # it may be memory of others
+        first.hold(made)
 
-    queue.submit(what, work, waits)
+    queue.submit(what, work)

@@ -8,15 +8,59 @@ they have separate work; a tensor may be used on another queue than its writer's
 
 from __future__ import annotations
 
+import sys
 import threading
-import time
+import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from disagg_tt.device.emulator import waits
+from disagg_tt.device.emulator.board import BUSY
 from disagg_tt.errors import DeviceError
+
+
+class Peer(Protocol):
+    """A socket, as the queues see it that its transfers are on."""
+
+    def fail(self, error: str) -> None: ...
+    def check(self) -> None: ...
+    def leave(self) -> None: ...
+
+
+class Stretch(list[Callable[[], None]]):
+    """Captured work with no transfer in between."""
+
+    def run(self) -> None:
+        for work in self:
+            work()
+
+
+class Trace:
+    """What a queue captured: stretches of work, each enqueued as one, and transfers, each time enqueued anew."""
+
+    def __init__(self, number: int):
+        self.number = number
+        self._steps: list[Stretch | Callable[[CommandQueue], None]] = []
+
+    def add(self, work: Callable[[], None]) -> None:
+        last = self._steps[-1] if self._steps else None
+        if not isinstance(last, Stretch):
+            self._steps.append(last := Stretch())
+        last.append(work)
+
+    def add_transfer(self, enqueue: Callable[[CommandQueue], None]) -> None:
+        self._steps.append(enqueue)
+
+    def enqueue(self, name: str, queue: CommandQueue) -> None:
+        """Enqueue on `queue` everything that was captured."""
+        for step in self._steps:
+            if isinstance(step, Stretch):
+                queue.submit(name, step.run)
+            else:
+                step(queue)
 
 
 class CommandQueue:
@@ -29,23 +73,28 @@ class CommandQueue:
         self._seen: dict[CommandQueue, int] = {}  # how far other queues are known to be, by events waited for
         self._host_seen = 0  # how far the host knows this queue to be, by waiting for it
         self.idle = True
-        self._pending: deque[tuple[str, Callable[[], None]]] = deque()
+        self._pending: deque[tuple[str, Callable[[], None], Peer | None]] = deque()
+        self.peers: weakref.WeakSet[Peer] = weakref.WeakSet()  # sockets with transfers on this queue
         self._running = ""
+        self._targets: list[int] = []  # sequence numbers that threads wait for: nobody is woken for others
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._closing = False
-        self._captured: list[Callable[[], None]] | None = None  # work of the trace that is being captured
+        self._captured: Trace | None = None  # the trace that is being captured
 
-    def submit(self, name: str, work: Callable[[], None], waits: bool = False) -> int:
-        """Enqueue `work`, which `waits` for another rank or not; return its sequence number. Raises what failed before."""
+    def submit(
+        self, name: str, work: Callable[[], None], waits: bool = False, peer: Peer | None = None
+    ) -> int:
+        """Enqueue `work`, which `waits` for another rank or not; return its sequence number. Raises what failed before.
+
+        `peer` is the socket that the work is a transfer of.
+        """
         self.check()
         if self._captured is not None:
             if waits:
-                raise DeviceError(
-                    f"{name} while {self.name} captures a trace; a trace cannot wait for another rank"
-                )
-            self._captured.append(work)
+                self.need_no_capture(name)
+            self._captured.add(work)
             return self.enqueued
         self.enqueued += 1
         if self.idle and not waits:
@@ -55,28 +104,60 @@ class CommandQueue:
                 self.completed = self.enqueued
             return self.enqueued
         with self._changed:
-            self._pending.append((name, work))
-            self.idle = False
+            self._pending.append((name, work, peer))
+            if peer is not None:
+                self.peers.add(peer)
+            if self.idle:
+                self.idle = False
+                _count_busy(1)
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._work, args=(torch.get_num_threads(),), daemon=True
                 )
+                self._thread.is_command_queue = True  # type: ignore[attr-defined]
                 self._thread.start()
             self._changed.notify_all()
         return self.enqueued
 
-    def begin_capture(self) -> None:
-        """From now on keep submitted work for a trace instead of running it."""
+    def submit_transfer(self, enqueue: Callable[[CommandQueue], None]) -> None:
+        """Call `enqueue`, which submits a transfer to the queue it is given; or capture it, to be called at each replay."""
+        if self._captured is None:
+            enqueue(self)
+        else:
+            self.check()
+            self._captured.add_transfer(enqueue)
+
+    def next_is(self, peer: Peer) -> bool:
+        """Return whether the work behind that which runs is a transfer of `peer` too."""
+        pending = self._pending
+        return bool(pending) and pending[0][2] is peer
+
+    def begin_capture(self, number: int) -> None:
+        """From now on keep submitted work for trace `number` instead of running it."""
         if self._captured is not None:
             raise DeviceError(f"{self.name} captures a trace already; end it first")
-        self._captured = []
+        self._captured = Trace(number)
 
-    def end_capture(self) -> list[Callable[[], None]]:
-        """Return the captured work and run what comes again."""
-        if self._captured is None:
-            raise DeviceError(f"{self.name} captures no trace; begin one first")
-        captured, self._captured = self._captured, None
+    def end_capture(self, number: int) -> Trace:
+        """Return what was captured for trace `number`, and run what comes again."""
+        captured = self._captured
+        if captured is None or captured.number != number:
+            seen = "no trace" if captured is None else f"trace {captured.number}"
+            raise DeviceError(f"end_trace_capture of {number}: {self.name} captures {seen}")
+        self._captured = None
         return captured
+
+    def capturing(self) -> bool:
+        """Return whether a trace is being captured."""
+        return self._captured is not None
+
+    def need_no_capture(self, what: str) -> None:
+        """Raise DeviceError while a trace is captured: `what` cannot be part of one."""
+        if self._captured is not None:
+            raise DeviceError(
+                f"{what} while {self.name} captures a trace; inside one the host cannot write, read or synchronise. Do it "
+                "before begin_trace_capture or after end_trace_capture"
+            )
 
     def check(self) -> None:
         """Raise the error of earlier work, if there was one."""
@@ -88,6 +169,8 @@ class CommandQueue:
         with self._changed:
             self._error = self._error or error
             self._changed.notify_all()
+        for peer in list(self.peers):
+            peer.fail(f"the other end's queue failed: {error}")
 
     def knows(self, other: CommandQueue, sequence: int) -> bool:
         """Return whether work of this queue comes after number `sequence` of `other`, by order or by an event."""
@@ -99,16 +182,14 @@ class CommandQueue:
 
     def wait(self, sequence: int | None = None) -> None:
         """Block the host until work number `sequence` (default: all of it) is done; raises its error, or on timeout."""
-        if self._captured is not None:
-            raise DeviceError(
-                f"the host waits for {self.name} while it captures a trace; nothing runs until the trace does"
-            )
+        self.need_no_capture("a wait of the host")
         target = self.enqueued if sequence is None else sequence
         self.reach(target)
         self._host_seen = max(self._host_seen, target)
 
     def stall(self, event: Event) -> None:
         """Make this queue wait until `event` is reached; what it covers may then be used here."""
+        self.need_no_capture("wait_for_event")
         other = event.queue
         self._seen[other] = max(self._seen.get(other, 0), event.sequence)
         if other is not self and other.completed < event.sequence:
@@ -116,20 +197,25 @@ class CommandQueue:
 
     def reach(self, sequence: int) -> None:
         """Block the calling thread until work number `sequence` is done; raises its error, or on timeout."""
-        deadline = time.monotonic() + self.timeout_s
-        with self._changed:
-            while self.completed < sequence and self._error is None:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise DeviceError(
-                        f"{self.name}: no progress for {self.timeout_s:g} s; it is at {self._running or 'its start'} with "
-                        f"{len(self._pending)} operations behind it. On hardware this hangs. Check that the other rank posts "
-                        "the matching send or receive (TT_METAL_OPERATION_TIMEOUT_SECONDS sets the limit)"
-                    )
-                self._changed.wait(left)
+        with (
+            waits.Wait(self._progress, lambda: [(waits.board.me, "queues")], self.timeout_s) as wait,
+            self._changed,
+        ):
+            self._targets.append(sequence)
+            try:
+                while self.completed < sequence and self._error is None:
+                    if not self._changed.wait(min(waits.GRACE_S, self.timeout_s)) and self._error is None:
+                        wait.check()
+            finally:
+                self._targets.remove(sequence)
         self.check()
 
+    def _progress(self) -> str:
+        behind = self.enqueued - self.completed - 1
+        return f"progress of {self.name} (at {self._running or 'its start'}, {behind} operations behind it)"
+
     def _work(self, threads: int) -> None:
+        waits.this_is_a_queue()
         torch.set_num_threads(threads)  # a thread's own setting in OpenMP
         with torch.no_grad():
             while True:
@@ -138,26 +224,44 @@ class CommandQueue:
                         self._changed.wait()
                     if self._closing or self._error is not None:
                         return
-                    self._running, work = self._pending.popleft()
+                    self._running, work, _ = self._pending.popleft()
                 try:
                     work()
                 except BaseException as error:
                     self.fail(error)
+                    _count_busy(-1)
                     return
                 del work
                 with self._changed:
                     self.completed += 1
                     self._running = ""
-                    self.idle = not self._pending
-                    self._changed.notify_all()
+                    if not self._pending:
+                        self.idle = True
+                        _count_busy(-1)
+                    if self._targets and self.completed >= min(self._targets):
+                        self._changed.notify_all()
+
+    def finish(self) -> None:
+        """Before closing: raise what failed, or what another rank sent here and nobody received."""
+        self.check()
+        if sys.exc_info()[1] is None:  # else that is what matters
+            for peer in list(self.peers):
+                peer.check()
 
     def close(self) -> None:
         """End the queue's thread without waiting for work that is still pending."""
+        for peer in list(self.peers):
+            peer.leave()
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=1.0)
+
+
+def _count_busy(change: int) -> None:
+    """Tell the board that one of this rank's queues has work, or has none any more."""
+    waits.board.add(BUSY, change)
 
 
 class Event:

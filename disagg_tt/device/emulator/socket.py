@@ -1,92 +1,57 @@
 """MeshSockets: what one mesh sends, another receives, chip by chip, in order.
 
-A transfer is a header (number, spec, mode), the packed shards, and the receiver's word that it took them. ttnn checks
-none of what the header carries: on hardware a receive of another shape, dtype or mode hangs or corrupts. Here it is an
-error on both ranks that names both sides.
+send_recv.py has the operations; here are the ends, and how those of two ranks meet.
 """
 
 from __future__ import annotations
 
 import os
-import queue as queues
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, deque
 from typing import Any
 
-import torch
-
-from disagg_tt.device.emulator import distributed
-from disagg_tt.device.emulator.channel import Channel, LocalChannel, MpiChannel
-from disagg_tt.device.emulator.launch import launch_in_place, reads
-from disagg_tt.device.emulator.mesh import MeshDevice, fabric_config
-from disagg_tt.device.emulator.numeric import pack, unpack
-from disagg_tt.device.emulator.spec import Spec
-from disagg_tt.device.emulator.tensor import Tensor, on_device, whole
-from disagg_tt.device.emulator.types import BufferType, CoreCoord, FabricConfig, MeshCoordinate
-from disagg_tt.errors import DeviceError
+from disagg_tt.device.emulator import distributed, shm, waits
+from disagg_tt.device.emulator.channel import Channel, LocalChannel, LocalPair, RingChannel
+from disagg_tt.device.emulator.mesh import MeshDevice
+from disagg_tt.device.emulator.mpi_channel import MpiChannel
+from disagg_tt.device.emulator.socket_config import (
+    MeshCoreCoord,
+    SocketConfig,
+    SocketConnection,
+    SocketEndpoint,
+    check_config,
+)
+from disagg_tt.device.emulator.types import BufferType, MeshCoordinate
+from disagg_tt.errors import DeviceError, NotEmulatedError
 
 HANDSHAKE_S = 10.0  # ttnn's own, fixed
 CONTROL_BYTES = 64  # of L1 on each core of either end, for counters
-LINKS = 2  # fabric links between the two boards, so at most that many connections a chip
-
-
-@dataclass(frozen=True)
-class MeshCoreCoord:
-    device_coord: MeshCoordinate
-    core_coord: CoreCoord
-
-
-@dataclass(frozen=True)
-class SocketConnection:
-    sender_core: MeshCoreCoord
-    receiver_core: MeshCoreCoord
-
-
-@dataclass(frozen=True)
-class SocketMemoryConfig:
-    socket_storage_type: BufferType
-    fifo_size: int
-
-
-class SocketConfig:
-    """Connections, FIFO, and who is at the ends: ranks, or mesh ids (`sender_mesh_id`, `receiver_mesh_id`)."""
-
-    def __init__(
-        self,
-        connections: Sequence[SocketConnection],
-        memory_config: SocketMemoryConfig,
-        sender_mesh_id: int | None = None,
-        receiver_mesh_id: int | None = None,
-        *,
-        sender_rank: int | None = None,
-        receiver_rank: int | None = None,
-    ):
-        self.connections, self.memory_config = list(connections), memory_config
-        self.sender_mesh_id, self.receiver_mesh_id = sender_mesh_id, receiver_mesh_id
-        self.sender_rank, self.receiver_rank = sender_rank, receiver_rank
+_ALIGNMENT = 32
 
 
 class MeshSocket:
     """One end of a connection between two meshes. Creating it meets the other end, within 10 s.
 
     The receiving end holds the FIFO in L1 of its cores or in DRAM, as its memory config says. `bytes_written` counts the
-    packed payload that this end gave to the transport.
+    packed payload that this end sent.
     """
 
     def __init__(
         self, device: MeshDevice, config: SocketConfig, *, end: tuple[bool, Channel, str] | None = None
     ):
         self._mesh, self._config = device, config
-        self._next = 0
-        self.bytes_written = 0
         self._taken: list[tuple[BufferType, int]] = []
-        _check_config(config)
-        self._sends, self._channel, self._peer = end or _meet(config)
+        self._next = 0  # number of the newest transfer
+        self._unsettled: deque[tuple[int, int]] = deque()  # (number, bytes of FIFO) not known to be received
+        self.bytes_written = 0
+        ends = None if end else _ends(config)
+        self._sends = end[0] if end else ends == (_me(), ends[1])  # type: ignore[index]
+        check_config(config, device, self._sends)
+        memory = config._memory
         self._take(BufferType.L1, CONTROL_BYTES)
         if not self._sends:
-            memory = config.memory_config
-            self._take(memory.socket_storage_type, memory.fifo_size)
+            self._take(memory.socket_storage_type, -(-memory.fifo_size // _ALIGNMENT) * _ALIGNMENT)
+        self._channel, self._peer = end[1:] if end else _meet(config, ends, self._sends)  # type: ignore[arg-type]
+        self._chips: list[int] | None = None  # see socket_config.chips, found at the first transfer
 
     def _take(self, kind: BufferType, size: int) -> None:
         self._mesh.memory.take(kind, size, "a MeshSocket")
@@ -96,193 +61,134 @@ class MeshSocket:
         for kind, size in getattr(self, "_taken", ()):
             self._mesh.memory.release(kind, size)
 
+    def fail(self, error: str) -> None:
+        """Tell the other end that nothing more will come from here."""
+        self._channel.fail(error)
+
+    def leave(self) -> None:
+        """Tell the other end that this one is closed."""
+        self._channel.leave()
+
+    def check(self) -> None:
+        """Raise what the other end failed with, or that something was sent here which nobody received."""
+        self._channel.check()
+        if not self._sends and self._channel.unread():
+            raise DeviceError(
+                f"a mesh is closed with transfer number {self._next + 1} from {self._peer} not received; on hardware it stays in "
+                "the FIFO and the next program reads it. Receive what is sent before closing"
+            )
+
     def get_mesh_device(self) -> MeshDevice:
         return self._mesh
+
+    def get_socket_endpoint_type(self) -> SocketEndpoint:
+        return SocketEndpoint.SENDER if self._sends else SocketEndpoint.RECEIVER
+
+    def get_connection_config(self) -> list[SocketConnection]:
+        return list(self._config._connections)
+
+    def get_active_cores(self) -> list[MeshCoreCoord]:
+        """Return this end's cores."""
+        return [c.sender_core if self._sends else c.receiver_core for c in self._config._connections]
+
+    def get_config_buffer_address(self) -> int:
+        raise NotEmulatedError(
+            "get_config_buffer_address: the emulator does not have device addresses; it has get_active_cores, "
+            "get_connection_config, get_mesh_device and get_socket_endpoint_type"
+        )
+
+    def get_fabric_node_id(self, endpoint: SocketEndpoint, coord: MeshCoordinate) -> Any:
+        raise NotEmulatedError(
+            f"get_fabric_node_id({endpoint}, {coord}): the emulator does not have fabric nodes; use get_connection_config"
+        )
 
 
 _numbers: Counter[tuple[int, int]] = Counter()
 
 
-def _meet(config: SocketConfig) -> tuple[bool, Channel, str]:
-    """Meet the other rank's end; return whether this one sends, the channel between them, and the peer's name."""
-    me = distributed.distributed_context_get_rank()
-    ends = _ranks(config)
-    if me not in ends or ends[0] == ends[1]:
+def _me() -> int:
+    return distributed.rank()
+
+
+def _ends(config: SocketConfig) -> tuple[int, int]:
+    """Return the (sender, receiver) ranks, from the config's ranks or through the ranks' mesh ids; this is one of them."""
+    ends = config._ranks
+    if config._mesh_ids is not None:
+        ids = distributed.distributed_context_allgather_int(int(os.environ.get("TT_MESH_ID", "-1")))
+        for wanted in config._mesh_ids:
+            if ids.count(wanted) != 1:
+                raise DeviceError(
+                    f"mesh id {wanted} belongs to {ids.count(wanted)} ranks; the ranks' mesh ids (TT_MESH_ID) are {ids}"
+                )
+        ends = ids.index(config._mesh_ids[0]), ids.index(config._mesh_ids[1])
+    assert ends is not None
+    ranks, me = distributed.size(), _me()
+    if ends[0] == ends[1] or me not in ends:
         raise DeviceError(
-            f"socket from rank {ends[0]} to rank {ends[1]} made on rank {me}; it must be made on those two"
+            f"socket from rank {ends[0]} to rank {ends[1]} made on rank {me}; make it on those two, which must be different"
         )
-    sends = me == ends[0]
-    peer = ends[1] if sends else ends[0]
+    if not all(0 <= end < ranks for end in ends):
+        raise DeviceError(
+            f"socket from rank {ends[0]} to rank {ends[1]}; the job has ranks 0..{ranks - 1}, use two of those"
+        )
+    return ends
+
+
+def _meet(config: SocketConfig, ends: tuple[int, int], sends: bool) -> tuple[Channel, str]:
+    """Meet the other rank's end; return the channel to it and its name."""
+    me, peer = ends if sends else ends[::-1]
     _numbers[ends] += 1
-    channel = MpiChannel(peer, _numbers[ends], sends)
-    mine = {"connections": len(config.connections), "fifo": config.memory_config.fifo_size}
-    late = (
-        f"rank {me}: timed out trying to establish a socket connection (make sockets on both ranks before weights and "
-        f"compute): rank {peer} making its end"
-    )
-    channel.put(mine, None)
-    theirs = channel.get_note(late, HANDSHAKE_S)
-    if theirs != mine:
-        raise DeviceError(
-            f"socket ends differ: rank {me} has {mine}, rank {peer} has {theirs}; give both the same config"
-        )
-    channel.put({"met": True}, None)  # without it a late end would believe in one that has given up
-    channel.get_note(late, HANDSHAKE_S)
-    return sends, channel, f"rank {peer}"
+    number = _numbers[ends]
+    channel = MpiChannel(peer, number, sends)
+    mine = config._description()
+    there = f"rank {peer} making its end of socket {number} from rank {ends[0]} to rank {ends[1]}"
+    fix = "Make each socket on both ranks in the same order: even ranks their sending end first, odd ranks their receiving end"
 
-
-def _check_config(config: SocketConfig) -> None:
-    if fabric_config() is FabricConfig.DISABLED:
-        raise DeviceError(
-            "MeshSocket without a fabric; call set_fabric_config(FabricConfig.FABRIC_2D) before opening the mesh"
-        )
-    if not config.connections:
-        raise DeviceError("MeshSocket with no connections; give one SocketConnection a chip at least")
-    receivers = [c.receiver_core for c in config.connections]
-    double = [core for core, count in Counter(receivers).items() if count > 1]
-    if double:
-        raise DeviceError(
-            f"two connections share the receiver core {double[0]}; each needs a core of its own"
-        )
-
-
-def _ranks(config: SocketConfig) -> tuple[int, int]:
-    """Return the (sender, receiver) ranks, from the config's ranks or through the ranks' mesh ids."""
-    if config.sender_rank is not None and config.receiver_rank is not None:
-        return int(config.sender_rank), int(config.receiver_rank)
-    if config.sender_mesh_id is None or config.receiver_mesh_id is None:
-        raise DeviceError(
-            "SocketConfig needs sender_rank and receiver_rank, or sender_mesh_id and receiver_mesh_id"
-        )
-    ids = distributed.distributed_context_allgather_int(int(os.environ.get("TT_MESH_ID", "-1")))
-    for wanted in (config.sender_mesh_id, config.receiver_mesh_id):
-        if ids.count(wanted) != 1:
+    def answer(note: dict[str, Any]) -> dict[str, Any]:
+        channel.put(note)
+        try:
+            return channel.get(there, lambda: waits.host_of(peer), HANDSHAKE_S, fix)
+        except DeviceError as error:
             raise DeviceError(
-                f"mesh id {wanted} belongs to {ids.count(wanted)} ranks; the ranks' mesh ids (TT_MESH_ID) are {ids}"
+                f"rank {me}: timed out trying to establish a socket connection (make sockets on both ranks before weights "
+                f"and compute): {error}"
+            ) from None
+
+    size = RingChannel.bytes_for(config._memory.fifo_size * len(config._connections))
+    made = shm.create(size) if sends else None
+    try:
+        theirs = answer(
+            {
+                "config": mine,
+                "host": shm.host(),
+                "memory": made and [os.getpid(), made.fd, made.cookie],
+            }
+        )
+        if theirs["config"] != mine:
+            raise DeviceError(
+                f"socket ends differ: rank {me} has {mine}, rank {peer} has {theirs['config']}; give both the same config"
             )
-    return ids.index(config.sender_mesh_id), ids.index(config.receiver_mesh_id)
+        segment = made
+        if not sends and theirs["memory"] and theirs["host"] == shm.host():
+            pid, fd, cookie = theirs["memory"]
+            segment = shm.attach(pid, fd, cookie, size)
+        # Without this second round a late end would believe in one that has given up.
+        shared = answer({"shared": segment is not None})["shared"] and segment is not None
+    finally:
+        if made is not None:
+            made.seal()
+    if shared and segment is not None:
+        return RingChannel(segment, 0 if sends else 1, peer), f"rank {peer}"
+    return channel, f"rank {peer}"
 
 
 def create_socket_pair(
-    sender: MeshDevice, receiver: MeshDevice, config: SocketConfig
+    sender_mesh_device: MeshDevice, receiver_mesh_device: MeshDevice, socket_config: SocketConfig
 ) -> tuple[MeshSocket, MeshSocket]:
-    """Return the two ends of a socket between two meshes of this process."""
-    there: Any = queues.Queue()
-    back: Any = queues.Queue()
+    """Return the two ends of a socket between two meshes of this process; ranks and mesh ids are ignored."""
+    pair = LocalPair()
     name = "the other mesh of this process"
     return (
-        MeshSocket(sender, config, end=(True, LocalChannel(back, there), name)),
-        MeshSocket(receiver, config, end=(False, LocalChannel(there, back), name)),
+        MeshSocket(sender_mesh_device, socket_config, end=(True, LocalChannel(pair, 0), name)),
+        MeshSocket(receiver_mesh_device, socket_config, end=(False, LocalChannel(pair, 1), name)),
     )
-
-
-# ---------------------------------------------------------------- transfers
-
-
-def _describe(spec: Spec, direct: bool) -> dict[str, Any]:
-    mode = "direct" if direct else "fifo"
-    return {"shape": list(spec.shape), "dtype": spec.dtype.value, "layout": spec.layout.name, "mode": mode}
-
-
-def _begin(
-    what: str, tensor: Tensor, socket: MeshSocket, sends: bool, direct: bool
-) -> tuple[MeshDevice, int, dict[str, Any]]:
-    mesh = on_device(what, tensor)
-    config = socket._config
-    if mesh is not socket._mesh:
-        raise DeviceError(f"{what}: tensor on {mesh!r}, socket on {socket._mesh!r}")
-    if socket._sends is not sends:
-        raise DeviceError(
-            f"{what} on the socket's {'sending' if socket._sends else 'receiving'} end; use the other end"
-        )
-    coords = Counter((c.sender_core if sends else c.receiver_core).device_coord for c in config.connections)
-    if max(coords.values()) > LINKS:
-        raise DeviceError(
-            f"{what}: {max(coords.values())} connections on one chip; the fabric has {LINKS} links, use at most that many"
-        )
-    if len(coords) != mesh.get_num_devices():
-        raise DeviceError(
-            f"{what}: the socket connects {len(coords)} of {mesh.get_num_devices()} chips; the others' shards would not move"
-        )
-    page = -(-tensor.buffer_page_size() // 32) * 32
-    if not direct and config.memory_config.fifo_size < page:
-        raise DeviceError(
-            f"{what}: FIFO of {config.memory_config.fifo_size} B for pages of {page} B; make it {page} B or more"
-        )
-    socket._next += 1
-    return mesh, socket._next, _describe(tensor.spec, direct)
-
-
-def _send(what: str, tensor: Tensor, socket: MeshSocket, direct: bool) -> list[Tensor]:
-    mesh, number, mine = _begin(what, tensor, socket, True, direct)
-    queue, values, spec = mesh.queue(), tensor._values, tensor.spec
-    reads(what, queue, tensor)
-
-    def work() -> None:
-        shards = whole(values.data, spec).expand(mesh.get_num_devices(), *spec.shape)
-        payload = pack(_padded(shards, spec), spec.dtype)
-        socket._channel.put({"number": number, "bytes": payload.numel(), **mine}, payload)
-        socket.bytes_written += payload.numel()
-        answer = socket._channel.get_note(
-            f"{what} number {number} of {mine}: a matching receive on {socket._peer}"
-        )
-        if answer["error"]:
-            raise DeviceError(answer["error"])
-
-    queue.submit(what, work, waits=True)
-    return []
-
-
-def _padded(shards: torch.Tensor, spec: Spec) -> torch.Tensor:
-    """Return [chips, *padded shape]: what travels is whole pages."""
-    grow = [w - h for h, w in zip(reversed(spec.shape), reversed(spec.padded_shape), strict=True)]
-    return torch.nn.functional.pad(shards, [n for g in grow for n in (0, g)]) if any(grow) else shards
-
-
-def _receive(what: str, tensor: Tensor, socket: MeshSocket, direct: bool) -> list[Tensor]:
-    mesh, number, mine = _begin(what, tensor, socket, False, direct)
-    spec = tensor.spec
-
-    def receive() -> torch.Tensor:
-        theirs = socket._channel.get_note(
-            f"{what} number {number} into {mine}: a matching send on {socket._peer}"
-        )
-        size = theirs.pop("bytes")
-        # Taken even if it does not fit: until then a large payload keeps the sender from hearing why.
-        payload = socket._channel.get_payload(
-            size, f"{what} number {number}: {size} bytes from {socket._peer}"
-        )
-        expected = {"number": number, **mine}
-        if theirs != expected:
-            error = (
-                f"socket transfer mismatch: {socket._peer} sends {theirs}, this rank receives {expected}; on hardware this hangs "
-                "or corrupts memory. Post receives in the order of the sends, with the same shape, dtype, layout and mode"
-            )
-            socket._channel.put({"error": error}, None)
-            raise DeviceError(error)
-        shards = unpack(payload, (mesh.get_num_devices(), *spec.padded_shape), spec.dtype)
-        socket._channel.put({"error": ""}, None)
-        return shards[tuple(slice(0, d) for d in (shards.shape[0], *spec.shape))]
-
-    launch_in_place(what, tensor, receive, waits=True)
-    return [tensor]
-
-
-def send_async(input_tensor: Tensor, mesh_socket: MeshSocket) -> list[Tensor]:
-    """Enqueue sending each chip's shard through the socket's FIFO; returns no tensors."""
-    return _send("send_async", input_tensor, mesh_socket, direct=False)
-
-
-def recv_async(output_tensor: Tensor, mesh_socket: MeshSocket) -> list[Tensor]:
-    """Enqueue receiving into a tensor of the sender's spec, and return it."""
-    return _receive("recv_async", output_tensor, mesh_socket, direct=False)
-
-
-def send_direct_async(input_tensor: Tensor, mesh_socket: MeshSocket) -> list[Tensor]:
-    """Enqueue sending straight into the receiver's tensor; returns no tensors."""
-    return _send("send_direct_async", input_tensor, mesh_socket, direct=True)
-
-
-def recv_direct_async(output_tensor: Tensor, mesh_socket: MeshSocket) -> list[Tensor]:
-    """Enqueue being written by the sender, and return the tensor."""
-    return _receive("recv_direct_async", output_tensor, mesh_socket, direct=True)

@@ -15,35 +15,97 @@ Buffer: memory is free as soon as the program drops the tensor, as on hardware.
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import torch
 
 from disagg_tt.device.emulator.mesh import MeshDevice
 from disagg_tt.device.emulator.queue import CommandQueue
-from disagg_tt.device.emulator.spec import Spec
-from disagg_tt.device.emulator.types import MemoryConfig
+from disagg_tt.device.emulator.spec import Spec, TensorSpec
+from disagg_tt.device.emulator.tensor_methods import TensorMethods, op
 from disagg_tt.errors import DeviceError
 
 
 class Values:
     """What a tensor holds, once the work that computes it has run.
 
+    bfloat16 and block floats are held as float32, in which ops compute, or as torch.bfloat16, half the size, in which they
+    come from the host, cross sockets and are multiplied natively. Each is exact in the other, and is made of it when it is
+    asked for. A small tensor then keeps both, a large one that which was asked for last.
+
     Attributes:
-        data: see the module; None while undefined.
-        private: no other Values share the memory of `data`, so that it may be written in place.
+        wide, narrow: float32 (int64), bfloat16, or None where that form is not there; both None while undefined.
+        private: no other Values share the memory that holds them, so that it may be written in place.
         writer, written: the queue that wrote last, and the sequence number of that work.
-        memo: what other modules derived from `data`; dropped when it changes.
+        memo: what other modules derived from the values; dropped when they change.
     """
 
-    __slots__ = ("data", "memo", "private", "writer", "written")
+    __slots__ = ("memo", "narrow", "private", "wide", "writer", "written")
 
     def __init__(self, data: torch.Tensor | None = None, writer: CommandQueue | None = None):
-        self.data = data
+        self.wide: torch.Tensor | None = None
+        self.narrow: torch.Tensor | None = None
         self.private = False
         self.writer = writer
         self.written = 0 if writer is None else writer.enqueued
         self.memo: dict[Any, Any] | None = None
+        if data is not None:
+            self.hold(data)
+
+    @property
+    def data(self) -> torch.Tensor | None:
+        """See the module; float32 or int64, None while undefined."""
+        wide = self.wide
+        return self._widened() if wide is None else wide
+
+    @data.setter
+    def data(self, data: torch.Tensor | None) -> None:
+        self.wide, self.narrow, self.memo = data, None, None
+
+    @property
+    def held(self) -> torch.Tensor | None:
+        """The values in the form that is there, the smaller of two; None while undefined."""
+        narrow = self.narrow
+        return self.data if narrow is None else narrow
+
+    def hold(self, data: torch.Tensor | None) -> None:
+        """Take new values in either form."""
+        if data is not None and data.dtype is torch.bfloat16:
+            self.wide, self.narrow, self.memo = None, data, None
+        else:
+            self.data = data
+
+    def bfloat16(self) -> torch.Tensor | None:
+        """Return the values as torch.bfloat16, which their dtype must fit in."""
+        with _converting:
+            if self.narrow is None and self.wide is not None:
+                self.narrow = _in(torch.bfloat16, self.wide)
+                if self.narrow.numel() > SMALL:
+                    self.wide = None
+            return self.narrow
+
+    def _widened(self) -> torch.Tensor | None:
+        with _converting:
+            if self.wide is None and self.narrow is not None:
+                self.wide = _in(torch.float32, self.narrow)
+                if self.wide.numel() > SMALL:
+                    self.narrow = None
+            return self.wide
+
+
+SMALL = 1 << 20  # values
+_converting = threading.Lock()  # two queues may read the same values
+
+
+def once(parts: torch.Tensor) -> torch.Tensor:
+    """Return [1, *shape] for parts that are one tensor expanded, else the parts."""
+    return parts[:1] if parts.shape[0] > 1 and parts.stride(0) == 0 else parts
+
+
+def _in(form: torch.dtype, data: torch.Tensor) -> torch.Tensor:
+    """Return the values in another form, in rows: what is computed from them must not depend on what was done before."""
+    return once(data).to(form, memory_format=torch.contiguous_format).expand(data.shape)
 
 
 class Buffer:
@@ -95,31 +157,35 @@ class Buffer:
         return None
 
 
-class Tensor:
-    """A tensor on the host (no mesh) or on a mesh. Made by from_torch, allocate_tensor_on_device and ops."""
+class Tensor(TensorMethods):
+    """A tensor on the host (no mesh) or on a mesh. Made by from_torch, allocate_tensor_on_device and ops.
+
+    Inside the emulator it is made of a spec, a mesh, values and, for a view, the buffer of another. A script may write
+    Tensor(torch_tensor, data_type, device, layout, ...) or Tensor(numbers, shape, data_type, layout, ...) as with ttnn.
+    """
 
     __slots__ = ("_buffer", "_mesh", "_values", "spec")
 
-    def __init__(self, spec: Spec, mesh: MeshDevice | None, values: Values, buffer: Buffer | None = None):
+    _buffer: Buffer | None
+    _values: Values
+
+    def __init__(
+        self,
+        spec: Any = None,
+        mesh: Any = None,
+        values: Any = None,
+        buffer: Any = None,
+        *more: Any,
+        **named: Any,
+    ):
+        if type(spec) is not TensorSpec:
+            made = _constructed((spec, mesh, values, buffer, *more), named)
+            spec, mesh, values, buffer = made.spec, made._mesh, made._values, made._buffer
         self.spec, self._mesh, self._values = spec, mesh, values
         self._buffer = buffer if mesh is None or buffer is not None else Buffer(mesh, spec)
 
-    shape = property(lambda self: self.spec.shape)
-    padded_shape = property(lambda self: self.spec.padded_shape)
-    dtype = property(lambda self: self.spec.dtype)
-    layout = property(lambda self: self.spec.layout)
-
-    def memory_config(self) -> MemoryConfig:
-        return self.spec.memory_config
-
-    def device(self) -> MeshDevice | None:
-        return self._mesh
-
     def is_allocated(self) -> bool:
         return self._buffer is None or not self._buffer.freed
-
-    def is_sharded(self) -> bool:
-        return self.spec.memory_config.is_sharded()
 
     def deallocate(self, force: bool = False) -> None:
         if self._buffer is not None and self._mesh is not None:
@@ -127,16 +193,51 @@ class Tensor:
             if self._mesh.idle():  # else work that was enqueued before may still need the values
                 self._values.data = None
 
-    def buffer_page_size(self) -> int:
-        """Return the bytes of one page: a packed tile, or a row in ROW_MAJOR layout."""
-        return self.spec.page
-
-    def buffer_num_pages(self) -> int:
-        """Return the pages of one chip's shard."""
-        return self.spec.bytes // self.spec.page
-
     def __repr__(self) -> str:
         return f"Tensor({self.spec!r}, {'host' if self._mesh is None else self._mesh!r})"
+
+    def __str__(self) -> str:
+        """Return the values of every chip, as far as they can be read."""
+        if not self.is_allocated():
+            return repr(self)
+        what = f"shape={self.shape!r}, dtype={self.dtype!r}, layout={self.layout!r}"
+        texts = []
+        for number, part in enumerate(op("get_device_tensors")(self) if type(self) is Tensor else [self]):
+            where = "" if self._mesh is None else f"chip {self._mesh.get_device_ids()[number]}:\n"
+            texts.append(f"{where}ttnn.{str(part.to_torch()).capitalize()[:-1]}, {what})")
+        return "\n".join(texts)
+
+
+def _constructed(args: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    """Return the tensor of a public form of the constructor."""
+    given = list(args)
+    while given and given[-1] is None:
+        given.pop()
+    if given and isinstance(given[0], Tensor):
+        return given[0]
+    names: tuple[str, ...] = (
+        "tensor",
+        "data_type",
+        "device",
+        "layout",
+        "mem_config",
+        "tile",
+        "cq_id",
+        "pad_value",
+    )
+    if "data" in named or (given and isinstance(given[0], (list, tuple))):
+        names = ("data", "shape", "data_type", "layout", "device", "memory_config", "tile", "pad_value")
+    form = dict(zip(names, given, strict=False)) | named
+    values, dtype = form.pop("tensor", None), form.pop("data_type", None)
+    if "data" in form:
+        numbers, shape = torch.tensor(form.pop("data")), tuple(form.pop("shape"))
+        if numbers.numel() != math.prod(shape):
+            raise DeviceError(f"Tensor of {numbers.numel()} numbers and shape {list(shape)}; they must agree")
+        values = numbers.reshape(shape)
+    if "mem_config" in form:
+        form["memory_config"] = form.pop("mem_config")
+    made: Tensor = op("from_torch")(values, dtype, **form)
+    return made
 
 
 class Shard(Tensor):

@@ -1,4 +1,4 @@
-"""Attention: splitting and joining heads, rotary embedding, scaled dot product attention for prefill and for decode."""
+"""Attention of many queries: scaled_dot_product_attention, and its chunked form over a paged cache."""
 
 from __future__ import annotations
 
@@ -9,115 +9,109 @@ import torch.nn.functional as F
 
 from disagg_tt.device.emulator.launch import launch
 from disagg_tt.device.emulator.numeric import round_on_device
-from disagg_tt.device.emulator.ops.cache import Addresses, addresses, as_pool
-from disagg_tt.device.emulator.ops.plan import need, need_dtype, need_tile, placed
+from disagg_tt.device.emulator.ops.pages import PAGE, as_pool, in_pages, need_pages
+from disagg_tt.device.emulator.ops.plan import emulated, leave_out, need, need_dtype, need_tile, placed
 from disagg_tt.device.emulator.spec import Spec, make_spec
-from disagg_tt.device.emulator.tensor import Tensor
+from disagg_tt.device.emulator.tensor import Tensor, on_device
 from disagg_tt.device.emulator.types import (
+    DRAM_MEMORY_CONFIG,
     TILE_SIZE,
+    CoreCoord,
     DataType,
     Layout,
     MemoryConfig,
     SDPAProgramConfig,
-    TensorMemoryLayout,
     WormholeComputeKernelConfig,
 )
+from disagg_tt.errors import DeviceError
 
-BF16 = DataType.BFLOAT16
-
-
-# ---------------------------------------------------------------- rotary embedding
+_FLOATS = (DataType.BFLOAT16, DataType.BFLOAT8_B, DataType.BFLOAT4_B)
 
 
-@lru_cache(maxsize=1024)
-def _rope_plan(a: Spec, cos: Spec, sin: Spec, decode: bool, memory_config: MemoryConfig | None) -> Spec:
-    op = "rotary_embedding_hf"
-    need_tile(op, input=a, cos=cos, sin=sin)
-    need_dtype(op, "cos", cos, BF16)
-    need(cos.shape == sin.shape, op, f"cos {list(cos.shape)} and sin {list(sin.shape)} differ")
-    need(cos.shape[-1] == a.shape[-1], op, f"cos width {cos.shape[-1]} for head_dim {a.shape[-1]}")
-    width = a.shape[-1]
-    need(width == TILE_SIZE or width % 64 == 0, op, f"head_dim {width}; it must be 32 or a multiple of 64")
-    need(
-        cos.shape[0] == 1 and len(a.shape) == len(cos.shape) == 4,
-        op,
-        f"cos {list(cos.shape)} must be [1, 1, positions, head_dim]",
-    )
-    if decode:
-        sharded = TensorMemoryLayout.HEIGHT_SHARDED
-        for name, spec in (("input", a), ("cos", cos), ("sin", sin)):
-            need(
-                spec.memory_config.memory_layout is sharded,
-                op,
-                f"decode's {name} {spec!r} must be height sharded",
-            )
-        need(cos.shape[1] == a.shape[1], op, f"cos for {cos.shape[1]} users, input for {a.shape[1]}")
-    else:
-        need(cos.shape[1] == 1, op, f"cos {list(cos.shape)} must be [1, 1, positions, head_dim] in prefill")
-        need(
-            cos.shape[2] >= a.shape[2], op, f"cos has {cos.shape[2]} positions, the input {a.shape[2]} tokens"
-        )
-    return make_spec(a.shape, a.dtype, Layout.TILE, placed(memory_config, a.memory_config))
-
-
-def rotary_embedding_hf(
-    input: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    is_decode_mode: bool,
-    memory_config: MemoryConfig | None = None,
-) -> Tensor:
-    """Return x * cos + rotate_half(x) * sin; prefill uses rows 0..S-1 of cos and sin, decode row u for user u."""
-    spec = _rope_plan(input.spec, cos.spec, sin.spec, is_decode_mode, memory_config)
-    half, tokens = spec.shape[-1] // 2, spec.shape[2]
-
-    def compute(x: torch.Tensor, c: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        if not is_decode_mode:
-            c, s = c[:, :, :, :tokens], s[:, :, :, :tokens]
-        out = x * c
-        out[..., :half].addcmul_(x[..., half:], s[..., :half], value=-1)
-        out[..., half:].addcmul_(x[..., :half], s[..., half:])
-        return round_on_device(out, spec.dtype)
-
-    return launch("rotary_embedding_hf", spec, compute, input, cos, sin)
-
-
-# ---------------------------------------------------------------- attention
-
-
-@lru_cache(maxsize=1024)
-def _sdpa_plan(
-    q: Spec, k: Spec, v: Spec, config: SDPAProgramConfig | None, memory_config: MemoryConfig | None
-) -> Spec:
-    op = "scaled_dot_product_attention"
+def _need_operands(op: str, q: Spec, k: Spec, v: Spec) -> None:
     need_tile(op, q=q, k=k, v=v)
     for name, given in (("q", q), ("k", k), ("v", v)):
-        need_dtype(op, name, given, BF16, DataType.BFLOAT8_B, DataType.BFLOAT4_B)
+        need_dtype(op, name, given, *_FLOATS)
+        need(not given.memory_config.is_sharded(), op, f"{name} {given!r} must be interleaved")
+        need(
+            len(given.shape) == 4, op, f"{name} {list(given.shape)} must be [batch, heads, tokens, head_dim]"
+        )
+        need(
+            given.shape[3] == given.padded_shape[3],
+            op,
+            f"head_dim {given.shape[3]}; it must be a multiple of {TILE_SIZE}",
+        )
     need(k.shape == v.shape, op, f"k {list(k.shape)} and v {list(v.shape)} differ")
-    need(len(q.shape) == len(k.shape) == 4, op, f"q {list(q.shape)} must be [batch, heads, tokens, head_dim]")
-    need(
-        q.shape[-1] == k.shape[-1] and q.shape[0] == k.shape[0],
-        op,
-        f"q {list(q.shape)} and k {list(k.shape)} do not match",
-    )
+    need(q.shape[3] == k.shape[3], op, f"q {list(q.shape)} and k {list(k.shape)} differ in head_dim")
     need(
         q.shape[1] % k.shape[1] == 0,
         op,
         f"{q.shape[1]} q heads over {k.shape[1]} kv heads; a whole number each is needed",
     )
-    need(
-        q.shape[2] == k.shape[2],
-        op,
-        f"causal attention of {q.shape[2]} queries over {k.shape[2]} keys; equal lengths are needed",
-    )
-    if config is not None:
+
+
+def _need_config(op: str, config: SDPAProgramConfig, grid: CoreCoord) -> None:
+    for name, size in (("q_chunk_size", config.q_chunk_size), ("k_chunk_size", config.k_chunk_size)):
         need(
-            max(config.q_chunk_size, config.k_chunk_size) < 512,
+            size > 0 and size % TILE_SIZE == 0,
             op,
-            "chunks of 512 overflow L1; use 256 or less",
+            f"{name} is {size}; it must be a positive multiple of {TILE_SIZE}",
         )
-    return make_spec(q.shape, q.dtype, Layout.TILE, placed(memory_config))
+        need(size < 512, op, f"{name} is {size}; chunks of 512 overflow L1; use 256 or less")
+    given = config.compute_with_storage_grid_size
+    need(
+        given.x * given.y <= grid.x * grid.y,
+        op,
+        f"a grid of {given.x}x{given.y} cores; there are {grid.x}x{grid.y}",
+    )
+
+
+def _output(op: str, q: Spec, memory_config: MemoryConfig | None) -> Spec:
+    place = placed(memory_config)
+    emulated(not place.is_sharded(), op, f"shard its output, {place!r}; leave it interleaved")
+    return make_spec(q.shape, q.dtype, Layout.TILE, place)
+
+
+@lru_cache(maxsize=1024)
+def _sdpa_plan(
+    q: Spec,
+    k: Spec,
+    v: Spec,
+    mask: Spec | None,
+    causal: bool,
+    config: SDPAProgramConfig | None,
+    memory_config: MemoryConfig | None,
+    concat: bool,
+    grid: CoreCoord,
+) -> Spec:
+    op = "scaled_dot_product_attention"
+    _need_operands(op, q, k, v)
+    need(q.shape[0] == k.shape[0], op, f"q {list(q.shape)} and k {list(k.shape)} differ in batch")
+    if causal:
+        need(mask is None, op, "attn_mask with is_causal; pass is_causal=False with a mask")
+        need(
+            q.shape[2] == k.shape[2],
+            op,
+            f"causal attention of {q.shape[2]} queries over {k.shape[2]} keys; equal lengths are needed",
+        )
+    if mask is not None:
+        need_tile(op, mask=mask)
+        need_dtype(op, "attn_mask", mask, *_FLOATS)
+        need(mask.memory_config == DRAM_MEMORY_CONFIG, op, f"attn_mask {mask!r} must be interleaved in DRAM")
+        fits = (
+            len(mask.shape) == 4
+            and mask.shape[0] in (1, q.shape[0])
+            and mask.shape[1] in (1, q.shape[1])
+            and mask.shape[2:] == (q.shape[2], k.shape[2])
+        )
+        need(fits, op, f"attn_mask {list(mask.shape)} for q {list(q.shape)} and k {list(k.shape)}")
+    if config is not None:
+        _need_config(op, config, grid)
+    spec = _output(op, q, memory_config)
+    if concat:
+        batch, heads, tokens, dim = q.shape
+        return make_spec((batch, 1, tokens, heads * dim), q.dtype, Layout.TILE, spec.memory_config)
+    return spec
 
 
 def scaled_dot_product_attention(
@@ -125,107 +119,165 @@ def scaled_dot_product_attention(
     input_tensor_k: Tensor,
     input_tensor_v: Tensor,
     *,
+    attn_mask: Tensor | None = None,
     is_causal: bool = True,
     scale: float | None = None,
+    sliding_window_size: int | None = None,
+    memory_config: MemoryConfig | None = None,
     program_config: SDPAProgramConfig | None = None,
     compute_kernel_config: WormholeComputeKernelConfig | None = None,
-    memory_config: MemoryConfig | None = None,
+    attention_sink: Tensor | None = None,
+    cu_window_seqlens: Tensor | None = None,
+    windowed_q_token_offset: int = 0,
+    windowed_q_token_offset_tensor: Tensor | None = None,
+    output_concat_heads: bool = False,
+    attn_mask_block_map: Tensor | None = None,
 ) -> Tensor:
-    """Return causal attention of q [1, heads, S, D] over k, v [1, kv_heads, S, D]."""
-    need(is_causal, "scaled_dot_product_attention", "only is_causal=True is emulated")
-    spec = _sdpa_plan(
-        input_tensor_q.spec, input_tensor_k.spec, input_tensor_v.spec, program_config, memory_config
-    )
-    group = input_tensor_q.shape[1] // input_tensor_k.shape[1]
+    """Return attention of q [batch, heads, S, D] over k, v [batch, kv_heads, T, D], causal or under an added mask.
 
-    def compute(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        chips = max(x.shape[0] for x in (q, k, v))
-        q, k, v = (x.expand(chips, *x.shape[1:]).flatten(0, 1) for x in (q, k, v))
+    `attn_mask` is [batch or 1, heads or 1, S, T]; with `output_concat_heads` the result is [batch, 1, S, heads * D].
+    """
+    op = "scaled_dot_product_attention"
+    leave_out(
+        op,
+        sliding_window_size=sliding_window_size,
+        attention_sink=attention_sink,
+        cu_window_seqlens=cu_window_seqlens,
+        windowed_q_token_offset=windowed_q_token_offset or None,
+        windowed_q_token_offset_tensor=windowed_q_token_offset_tensor,
+        attn_mask_block_map=attn_mask_block_map,
+    )
+    tensors = (input_tensor_q, input_tensor_k, input_tensor_v)
+    mask = None if attn_mask is None else attn_mask.spec
+    inputs = tensors if attn_mask is None else (*tensors, attn_mask)
+    q, k, v = (t.spec for t in tensors)
+    grid = on_device(op, *inputs).compute_with_storage_grid_size()
+    spec = _sdpa_plan(q, k, v, mask, is_causal, program_config, memory_config, output_concat_heads, grid)
+    group = q.shape[1] // k.shape[1]
+
+    def compute(qd: torch.Tensor, kd: torch.Tensor, vd: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+        chips = max(x.shape[0] for x in (qd, kd, vd, *given))
+        qd, kd, vd = (x.expand(chips, *x.shape[1:]).flatten(0, 1) for x in (qd, kd, vd))
         if group > 1:
-            k, v = (x[:, :, None].expand(-1, -1, group, -1, -1).reshape(q.shape) for x in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        return round_on_device(out, spec.dtype).view(chips, *spec.shape)
+            kd, vd = (
+                x[:, :, None].expand(-1, -1, group, -1, -1).reshape(x.shape[0], qd.shape[1], *x.shape[2:])
+                for x in (kd, vd)
+            )
+        added = None
+        if given:
+            added = given[0].expand(chips, q.shape[0], *given[0].shape[2:]).flatten(0, 1)
+        out = F.scaled_dot_product_attention(qd, kd, vd, attn_mask=added, is_causal=is_causal, scale=scale)
+        out = round_on_device(out, spec.dtype).view(chips, *q.shape)
+        return out.transpose(2, 3).reshape(chips, *spec.shape) if output_concat_heads else out
 
-    return launch(
-        "scaled_dot_product_attention", spec, compute, input_tensor_q, input_tensor_k, input_tensor_v
-    )
+    return launch(op, spec, compute, *inputs)
 
 
 @lru_cache(maxsize=1024)
-def _sdpa_decode_plan(
-    q: Spec, k: Spec, v: Spec, pages: Spec, pos: Spec, memory_config: MemoryConfig | None
+def _chunked_plan(
+    q: Spec,
+    k: Spec,
+    v: Spec,
+    pages: Spec,
+    start: int | Spec,
+    config: SDPAProgramConfig | None,
+    memory_config: MemoryConfig | None,
+    grid: CoreCoord,
 ) -> Spec:
-    op = "paged_scaled_dot_product_attention_decode"
-    need_tile(op, q=q, k=k, v=v)
-    need_dtype(op, "q", q, BF16)
-    for name, pool in (("k", k), ("v", v)):
-        need_dtype(op, name, pool, BF16, DataType.BFLOAT8_B, DataType.BFLOAT4_B)
+    op = "chunked_scaled_dot_product_attention"
+    _need_operands(op, q, k, v)
     need_dtype(op, "page table", pages, DataType.INT32)
+    need(pages.layout is Layout.ROW_MAJOR, op, f"page table {pages!r} must be ROW_MAJOR")
     need(
-        pages.layout is pos.layout is Layout.ROW_MAJOR,
+        len(pages.shape) == 2 and pages.shape[0] == q.shape[0],
         op,
-        "the page table and cur_pos must be in ROW_MAJOR layout",
+        f"page table {list(pages.shape)} for q {list(q.shape)}; it must be [{q.shape[0]}, blocks a user]",
     )
-    need_dtype(op, "cur_pos", pos, DataType.INT32)
-    need(k.shape == v.shape, op, f"k pool {list(k.shape)} and v pool {list(v.shape)} differ")
-    need(
-        q.shape[0] == 1 and q.shape[1] == pages.shape[0],
-        op,
-        f"q {list(q.shape)} for a page table of {pages.shape[0]} users",
-    )
-    need(pos.shape == (q.shape[1],), op, f"cur_pos {list(pos.shape)}; it must be [{q.shape[1]}]")
-    need(
-        q.shape[2] % k.shape[1] == 0 and q.shape[3] == k.shape[3],
-        op,
-        f"q {list(q.shape)} over pool {list(k.shape)}",
-    )
-    place = placed(memory_config)
-    need(not place.is_sharded(), op, f"output {place!r}; it must be interleaved")
-    return make_spec(q.shape, BF16, Layout.TILE, place)
+    need_pages(op, k)
+    if config is not None:
+        _need_config(op, config, grid)
+    if isinstance(start, Spec):
+        need_dtype(op, "chunk_start_idx_tensor", start, DataType.INT32)
+        need(
+            start.shape == (1,) and start.layout is Layout.ROW_MAJOR,
+            op,
+            f"chunk_start_idx_tensor {start!r} must be [1], ROW_MAJOR",
+        )
+        each = pages.shape[1]
+        need(
+            each % 8 == 0,
+            op,
+            f"page table of {each} blocks a user with chunk_start_idx_tensor; it must be a multiple of 8",
+        )
+    else:
+        for size in (1,) if config is None else (config.q_chunk_size, config.k_chunk_size):
+            need(
+                start >= 0 and start % size == 0,
+                op,
+                f"chunk_start_idx {start}; it must be 0 or more and a multiple of the chunk size {size}",
+            )
+        held = pages.shape[1] * k.shape[2]
+        need(start + q.shape[2] <= held, op, f"{q.shape[2]} queries from {start} on for {held} tokens a user")
+    return _output(op, q, memory_config)
 
 
-def paged_scaled_dot_product_attention_decode(
+def chunked_scaled_dot_product_attention(
     input_tensor_q: Tensor,
     input_tensor_k: Tensor,
     input_tensor_v: Tensor,
     page_table_tensor: Tensor,
+    chunk_start_idx: int | None = None,
     *,
-    cur_pos_tensor: Tensor,
+    chunk_start_idx_tensor: Tensor | None = None,
     scale: float | None = None,
+    memory_config: MemoryConfig | None = None,
     program_config: SDPAProgramConfig | None = None,
     compute_kernel_config: WormholeComputeKernelConfig | None = None,
-    memory_config: MemoryConfig | None = None,
+    paged_cache_geometry: object = None,
+    sliding_window_size: int | None = None,
+    attention_sink: Tensor | None = None,
 ) -> Tensor:
-    """Return attention of each user's one query over positions 0..cur_pos of its pages; a user at -1 is undefined."""
-    q, k, v, pages, pos = input_tensor_q, input_tensor_k, input_tensor_v, page_table_tensor, cur_pos_tensor
-    spec = _sdpa_decode_plan(q.spec, k.spec, v.spec, pages.spec, pos.spec, memory_config)
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    """Return causal attention of q [batch, heads, S, D], tokens start..start+S-1, over pools of K and V.
 
-    def compute(qd: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-        place = addresses(pos, pages, k.shape[0])
-        users, heads, dim = qd.shape[2:]
-        kv_heads = k.shape[1]
+    The pools are [blocks, kv_heads, block, D], the page table int32 [batch, blocks a user], as of paged_fill_cache.
+    """
+    op = "chunked_scaled_dot_product_attention"
+    leave_out(
+        op,
+        paged_cache_geometry=paged_cache_geometry,
+        sliding_window_size=sliding_window_size,
+        attention_sink=attention_sink,
+    )
+    need(not isinstance(scale, int), op, f"scale {scale}; it must be a float")
+    if (chunk_start_idx is None) == (chunk_start_idx_tensor is None):
+        raise DeviceError(f"{op}: pass chunk_start_idx or chunk_start_idx_tensor, one of them")
+    q, k, v, pages = input_tensor_q, input_tensor_k, input_tensor_v, page_table_tensor
+    inputs = (q, k, v, pages) if chunk_start_idx_tensor is None else (q, k, v, pages, chunk_start_idx_tensor)
+    grid = on_device(op, *inputs).compute_with_storage_grid_size()
+    start = chunk_start_idx if chunk_start_idx_tensor is None else chunk_start_idx_tensor.spec
+    assert start is not None
+    spec = _chunked_plan(q.spec, k.spec, v.spec, pages.spec, start, program_config, memory_config, grid)
+    group, tokens, block = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+
+    def compute(qd: torch.Tensor, kd: torch.Tensor, vd: torch.Tensor, table: torch.Tensor,
+                *given: torch.Tensor) -> torch.Tensor:  # fmt: skip
+        first = int(given[0].reshape(-1)[0]) if given else chunk_start_idx or 0
+        length = -(-(first + tokens) // PAGE) * PAGE
+        rows = in_pages(table.reshape(table.shape[0], *pages.shape)[0], block)[:, : length // PAGE]
         keys, values = as_pool(k._values), as_pool(v._values)
-        qd = qd.expand(keys.shape[0], *qd.shape[1:]).reshape(
-            keys.shape[0], users, kv_heads, heads // kv_heads, dim
+        if length > pages.shape[1] * block or int(rows.min()) < 0 or int(rows.max()) >= keys.shape[2]:
+            raise DeviceError(f"{op}: tokens {first}..{first + tokens - 1} lie outside the cache {k.spec!r}")
+        chips = max(qd.shape[0], keys.shape[0])
+        gathered = (x[:, :, rows].flatten(3, 4).transpose(1, 2) for x in (keys, values))
+        kd, vd = (  # [chips * batch, heads, length, D]
+            x.expand(chips, *x.shape[1:])[:, :, :, None]
+            .expand(-1, -1, -1, group, -1, -1)
+            .reshape(-1, q.shape[1], length, q.shape[3])
+            for x in gathered
         )
-        qd = qd.transpose(1, 2) * factor  # [chips, kv_heads, users, group, dim]
-        if place.spread:
-            out = torch.cat(
-                [_attend(qd[:, :, u : u + 1], keys, values, place.user(u)) for u in range(users)], dim=2
-            )
-        else:
-            out = _attend(qd, keys, values, place)
-        out = out.transpose(1, 2).reshape(keys.shape[0], 1, users, heads, dim)
-        return round_on_device(out, spec.dtype)
+        seen = torch.arange(length) <= first + torch.arange(tokens)[:, None]
+        qd = qd.expand(chips, *qd.shape[1:]).flatten(0, 1)
+        out = F.scaled_dot_product_attention(qd, kd, vd, attn_mask=seen, scale=scale)
+        return round_on_device(out, spec.dtype).view(chips, *spec.shape)
 
-    return launch("paged_scaled_dot_product_attention_decode", spec, compute, q, k, v, pages, pos)
-
-
-def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, place: Addresses) -> torch.Tensor:
-    """Return [chips, kv_heads, users, group, dim] for q of that shape, over the tokens that `place` gathers."""
-    k, v = place.gather(keys), place.gather(values)  # [chips, kv_heads, users, length, dim]
-    scores = torch.matmul(q, k.transpose(-1, -2))
-    if place.mask is not None:
-        scores += place.mask
-    return torch.matmul(torch.softmax(scores, dim=-1), v)
+    return launch(op, spec, compute, *inputs)

@@ -1,4 +1,4 @@
-"""linear and minimal_matmul."""
+"""matmul, linear and minimal_matmul."""
 
 from __future__ import annotations
 
@@ -8,30 +8,51 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
+from disagg_tt.device.emulator.cores import CoreGrid
 from disagg_tt.device.emulator.launch import launch
 from disagg_tt.device.emulator.numeric import round_on_device
-from disagg_tt.device.emulator.ops.plan import need, need_dtype, need_tile, placed
-from disagg_tt.device.emulator.spec import Spec, make_spec
-from disagg_tt.device.emulator.tensor import Tensor, Values
+from disagg_tt.device.emulator.ops.functions import Function, UnaryOpType, UnaryWithParam, fused, gelu_tanh
+from disagg_tt.device.emulator.ops.matmul_config import MatmulProgramConfig, MinimalMatmulConfig
+from disagg_tt.device.emulator.ops.matmul_plan import as_matrix, minimal_plan, product_plan
+from disagg_tt.device.emulator.ops.plan import emulated, leave_out, need, placed
+from disagg_tt.device.emulator.spec import Spec
+from disagg_tt.device.emulator.tensor import Tensor, Values, on_device
 from disagg_tt.device.emulator.types import DataType, MemoryConfig, WormholeComputeKernelConfig
 
+Activation = str | UnaryOpType | UnaryWithParam
+_NAMED: dict[str, Function] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_approx": F.gelu,
+    "gelu_tanh": gelu_tanh,
+    "silu": F.silu,
+    "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
+    "sigmoid_approx": torch.sigmoid,
+    "tanh": torch.tanh,
+    "exp": torch.exp,
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "recip": torch.reciprocal,
+    "log": torch.log,
+    "abs": torch.abs,
+    "square": torch.square,
+}
 
-@lru_cache(maxsize=4096)
-def _plan(op: str, a: Spec, b: Spec, dtype: DataType | None, place: MemoryConfig) -> Spec:
-    need_tile(op, input=a, weight=b)
-    need(
-        a.dtype.is_float and b.dtype.is_float,
-        op,
-        f"inputs are {a.dtype.value} and {b.dtype.value}; floats are needed",
-    )
-    need(len(b.shape) >= 2, op, f"weight {list(b.shape)} must have at least two axes")
-    need(a.shape[-1] == b.shape[-2], op, f"inner sizes differ: {list(a.shape)} times {list(b.shape)}")
-    need(all(d == 1 for d in b.shape[:-2]), op, f"weight {list(b.shape)} must have leading axes of 1")
-    need(not place.is_sharded() or place.shard_spec is not None, op, f"output {place!r} needs a shard spec")
-    padded = (*a.padded_shape[:-1], b.padded_shape[-1])
-    return make_spec((*a.shape[:-1], b.shape[-1]), dtype or a.dtype, a.layout, place, padded)
 
+def _activation(op: str, given: Activation | None) -> Function | None:
+    if given is None:
+        return None
+    if isinstance(given, str):
+        need(given in _NAMED, op, f"activation {given!r}; allowed: {', '.join(_NAMED)}")
+        return _NAMED[given]
+    (function,) = fused(op, [given])
+    return function
+
+
+# ---------------------------------------------------------------- arithmetic
 
 # From how many rows, or weight elements a chip, on native bfloat16 beats float32 in spite of its higher cost a call.
 MANY, LARGE = 8, 1 << 20
@@ -51,49 +72,180 @@ def _exact_in_bfloat16(spec: Spec) -> bool:
     return spec.dtype is DataType.BFLOAT16 or spec.dtype.is_block_float  # at most 8 significant bits
 
 
-def _weight(values: Values) -> torch.Tensor:
-    """Return a weight [1, 1, K, N] a chip as bfloat16 [chips, K, N], laid out by columns; converted once."""
-    if values.memo is None:
-        values.memo = {}
-    if "bfloat16" not in values.memo:
-        columns = values.data.flatten(0, 2).transpose(1, 2)  # type: ignore[union-attr]
-        values.memo["bfloat16"] = columns.to(torch.bfloat16).contiguous().transpose(1, 2)
-    return values.memo["bfloat16"]
+def _by_columns(values: Values) -> torch.Tensor:
+    """Return a weight [.., K, N] a chip as bfloat16 [chips, K, N], which is laid out by columns from now on."""
+    held = values.bfloat16()
+    assert held is not None
+    weight = held.reshape(held.shape[0], *held.shape[-2:])
+    if weight.stride(1) != 1:
+        weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+        values.narrow = weight.view(held.shape)
+    return weight
 
 
 def _multiply(a: Tensor, b: Tensor, spec: Spec) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return the arithmetic of one product: exact products, float32 sums, one rounding to the output's dtype."""
+    """Return the arithmetic of one product by a weight: exact products, float32 sums, one rounding to the dtype.
+
+    Its inputs are as they are held: float32 or bfloat16.
+    """
     native = (
         spec.dtype is DataType.BFLOAT16
         and _exact_in_bfloat16(a.spec)
         and _exact_in_bfloat16(b.spec)
         and _multiplies_bfloat16()
     )
-    large, weight = math.prod(b.shape) >= LARGE, b._values
+    large, values = math.prod(b.shape) >= LARGE, b._values
 
-    def compute(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(x.shape[0], -1, x.shape[-1])
+    def compute(x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        rows = x.flatten(1, -2)
         if native and (large or rows.shape[1] >= MANY):
-            result = torch.matmul(rows.to(torch.bfloat16), _weight(weight)).to(torch.float32)
+            result = torch.matmul(rows.to(torch.bfloat16), _by_columns(values)).to(torch.float32)
         else:
-            result = round_on_device(torch.matmul(rows, w.flatten(0, 2)), spec.dtype)
-        return result.view(result.shape[0], *x.shape[1:-1], w.shape[-1])
+            w = values.data
+            assert w is not None
+            weight = w.reshape(w.shape[0], *w.shape[-2:])
+            result = round_on_device(torch.matmul(rows.to(torch.float32), weight), spec.dtype)
+        return result.view(result.shape[0], *x.shape[1:-1], result.shape[-1])
 
     return compute
+
+
+def _general(
+    a: Spec, b: Spec, spec: Spec, turns: tuple[bool, bool], function: Function | None
+) -> Callable[..., torch.Tensor]:
+    """Return the arithmetic of any product, with bias and activation, rounded once to the output's dtype."""
+
+    def matrix(x: torch.Tensor, shape: tuple[int, ...], turned: bool, column: bool) -> torch.Tensor:
+        x = x.reshape(x.shape[0], *as_matrix(shape, False, column))
+        return x.transpose(-1, -2) if turned else x
+
+    def compute(x: torch.Tensor, w: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
+        x, w = matrix(x, a.shape, turns[0], False), matrix(w, b.shape, turns[1], True)
+        axes = max(x.dim(), w.dim())
+        x, w = (t.view(t.shape[0], *(1,) * (axes - t.dim()), *t.shape[1:]) for t in (x, w))
+        result = torch.matmul(x, w)
+        result = result.reshape(result.shape[0], *spec.shape)
+        if bias:
+            extra = bias[0]
+            lacking = result.dim() - extra.dim()
+            result = result + extra.view(extra.shape[0], *(1,) * lacking, *extra.shape[1:])
+        if function is not None:
+            result = function(result)
+        return round_on_device(result, spec.dtype)
+
+    return compute
+
+
+def _run(
+    op: str,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    turns: tuple[bool, bool],
+    memory_config: MemoryConfig | None,
+    dtype: DataType | None,
+    config: MatmulProgramConfig | None,
+    activation: Activation | None,
+    core_grid: CoreGrid | None,
+) -> Tensor:
+    inputs = (a, b) if bias is None else (a, b, bias)
+    grid = on_device(op, *inputs).compute_with_storage_grid_size()
+    need(core_grid is None or config is None, op, "core_grid and program_config; pass one of them")
+    function = _activation(op, activation)
+    added = None if bias is None else bias.spec
+    options = (config, core_grid is not None, function is not None)
+    spec = product_plan(op, a.spec, b.spec, added, turns, dtype, placed(memory_config), *options, grid)
+    weight = bias is None and function is None and not any(turns) and len(a.shape) > 1 and len(b.shape) > 1
+    if weight and len(a.shape) >= len(b.shape) and math.prod(b.shape[:-2]) == 1:
+        return launch(op, spec, _multiply(a, b, spec), a, b, as_held=True)
+    return launch(op, spec, _general(a.spec, b.spec, spec, turns, function), *inputs)
+
+
+def matmul(
+    input_tensor_a: Tensor,
+    input_tensor_b: Tensor,
+    *,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    memory_config: MemoryConfig | None = None,
+    dtype: DataType | None = None,
+    program_config: MatmulProgramConfig | None = None,
+    activation: Activation | None = None,
+    compute_kernel_config: WormholeComputeKernelConfig | None = None,
+    core_grid: CoreGrid | None = None,
+    output_tile: object = None,
+    optional_output_tensor: Tensor | None = None,
+    global_cb: object = None,
+    sub_device_id: object = None,
+) -> Tensor:
+    """Return a @ b, of a's dtype unless `dtype` is given, in DRAM unless `memory_config` is.
+
+    The batch axes of b are all 1, or the same as a's, or a's are all 1. Vectors are rows on the left, columns on the right.
+    """
+    op = "matmul"
+    leave_out(
+        op,
+        output_tile=output_tile,
+        optional_output_tensor=optional_output_tensor,
+        global_cb=global_cb,
+        sub_device_id=sub_device_id,
+    )
+    turns = (transpose_a, transpose_b)
+    return _run(
+        op,
+        input_tensor_a,
+        input_tensor_b,
+        None,
+        turns,
+        memory_config,
+        dtype,
+        program_config,
+        activation,
+        core_grid,
+    )
 
 
 def linear(
     input_tensor_a: Tensor,
     input_tensor_b: Tensor,
     *,
-    dtype: DataType | None = None,
+    bias: Tensor | None = None,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
     memory_config: MemoryConfig | None = None,
+    dtype: DataType | None = None,
+    program_config: MatmulProgramConfig | None = None,
+    activation: Activation | None = None,
     compute_kernel_config: WormholeComputeKernelConfig | None = None,
+    core_grid: CoreGrid | None = None,
+    output_tile: object = None,
+    optional_output_tensor: Tensor | None = None,
+    global_cb: object = None,
+    sub_device_id: object = None,
+    in0_column_offset: int | None = None,
 ) -> Tensor:
-    """Return a @ b: [..., M, K] times [1, 1, K, N]."""
-    spec = _plan("linear", input_tensor_a.spec, input_tensor_b.spec, dtype, placed(memory_config))
-    return launch(
-        "linear", spec, _multiply(input_tensor_a, input_tensor_b, spec), input_tensor_a, input_tensor_b
+    """Return activation(a @ b + bias), as matmul; the bias is broadcast as torch does, and all is rounded once."""
+    op = "linear"
+    leave_out(
+        op,
+        output_tile=output_tile,
+        optional_output_tensor=optional_output_tensor,
+        global_cb=global_cb,
+        sub_device_id=sub_device_id,
+        in0_column_offset=in0_column_offset,
+    )
+    turns = (transpose_a, transpose_b)
+    return _run(
+        op,
+        input_tensor_a,
+        input_tensor_b,
+        bias,
+        turns,
+        memory_config,
+        dtype,
+        program_config,
+        activation,
+        core_grid,
     )
 
 
@@ -101,17 +253,27 @@ def minimal_matmul(
     input_tensor: Tensor,
     weight_tensor: Tensor,
     *,
-    dtype: DataType | None = None,
+    bias_tensor: Tensor | None = None,
+    fused_activation: UnaryOpType | UnaryWithParam | None = None,
+    config: MinimalMatmulConfig | None = None,
     memory_config: MemoryConfig | None = None,
+    dtype: DataType | None = None,
     compute_kernel_config: WormholeComputeKernelConfig | None = None,
+    fuse_swiglu: bool = False,
 ) -> Tensor:
-    """Return input @ weight, blocked so that it fits L1 at any size; its result is placed as the input is."""
+    """Return activation(input @ weight + bias), blocked so that it fits L1 at any size, placed as the input is."""
     op = "minimal_matmul"
-    for name, tensor in (("input", input_tensor), ("weight", weight_tensor)):
-        need(not tensor.is_sharded(), op, f"{name} {tensor.spec!r} must be interleaved")
-        need_dtype(
-            op, name, tensor.spec, DataType.BFLOAT16, DataType.BFLOAT8_B, DataType.BFLOAT4_B
-        )  # float32 overflows L1
-    place = placed(memory_config, input_tensor.spec.memory_config)
-    spec = _plan(op, input_tensor.spec, weight_tensor.spec, dtype, place)
-    return launch(op, spec, _multiply(input_tensor, weight_tensor, spec), input_tensor, weight_tensor)
+    leave_out(op, fuse_swiglu=fuse_swiglu)
+    emulated(isinstance(input_tensor, Tensor), op, "join several inputs; use concat")
+    inputs = (
+        (input_tensor, weight_tensor) if bias_tensor is None else (input_tensor, weight_tensor, bias_tensor)
+    )
+    on_device(op, *inputs)
+    a, b = input_tensor.spec, weight_tensor.spec
+    bias = None if bias_tensor is None else bias_tensor.spec
+    spec = minimal_plan(a, b, bias, dtype, placed(memory_config, a.memory_config))
+    function = _activation(op, fused_activation)
+    if bias_tensor is None and function is None:
+        product = _multiply(input_tensor, weight_tensor, spec)
+        return launch(op, spec, product, input_tensor, weight_tensor, as_held=True)
+    return launch(op, spec, _general(a, b, spec, (False, False), function), *inputs)
