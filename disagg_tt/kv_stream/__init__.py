@@ -1,7 +1,9 @@
 """Moving K and V from the mesh that computed them to the mesh that decodes with them.
 
 base.py         the contract of every transport: sender, receiver, states, metadata
-control.py      the messages beside the data: announce, ready, sent, done, failed
+control.py      the messages beside the data: announce, ready, sent, done, failed; programs.py: between two programs
 mesh_socket.py  ttnn MeshSocket, between ranks or between two meshes of one process
 local.py        one mesh does both: K and V go straight into its cache
+staged.py       through the hosts' memories, over a wire
+wire.py         the contract of the wires tcp, mpi, nixl and torch; wires.py joins the one that --transport names
 """

@@ -12,6 +12,7 @@ dtype; only the prompt, rounded up to 32 tokens, ever travels.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
@@ -19,8 +20,11 @@ from typing import Any
 
 import torch
 
-from disagg_tt.core import TILE, Request
+from disagg_tt.config import LlamaConfig
+from disagg_tt.core import TILE, Request, whole_tiles
+from disagg_tt.device import ttnn
 from disagg_tt.errors import StreamError
+from disagg_tt.kv_stream.control import START_UP_S, Control, Message, expect
 
 MAGIC, VERSION = 0x44544B56, 1
 
@@ -67,6 +71,18 @@ class Metadata:
                 "the tile was corrupted, or another program sends on this socket"
             )
         return cls(*fields)
+
+    def misfit(self, request: int, tokens: int, layers: int) -> str:
+        """Return "" if this can end the stream of `request` as it was announced, else what is wrong."""
+        if (self.request, self.sequence_length, self.layers) == (request, tokens, layers):
+            return ""
+        return f"metadata {self} does not fit the announced request {request} of {tokens} tokens and {layers} layers"
+
+
+def layer_spec(config: LlamaConfig, chips: int, tokens: int, dtype: Any) -> Any:
+    """Return the spec of one layer's K or V for `tokens` tokens: [1, kv_heads / chips, whole tiles, head_dim] a chip."""
+    shape = ttnn.Shape([1, config.num_key_value_heads // chips, whole_tiles(tokens), config.head_dim])
+    return ttnn.TensorSpec(shape, dtype, ttnn.TILE_LAYOUT)
 
 
 class _Stream:
@@ -143,11 +159,62 @@ class KVSender(ABC):
         """Release the transport's resources; may be called in any state, and twice."""
 
 
-class KVReceiver(ABC):
-    """The decode side of a stream: fills the slot that it reserved as the layers come."""
+class RemoteSender(KVSender):
+    """What every sender to another mesh does: it announces over a control channel, and tells of each layer.
 
-    def __init__(self, layers: int):
+    `done` holds answers that came while it waited for a slot.
+    """
+
+    def __init__(self, control: Control, layers: int, deadline_s: float):
+        super().__init__(layers)
+        self._control, self._deadline_s = control, deadline_s
+        # the decode rank may still be compiling at the first request
+        self._limit_s = max(START_UP_S, deadline_s)
+        self.done: list[Message] = []
+
+    def announce(self, request: Request) -> None:
+        self.bytes_sent = 0
+        self.stream.begin(request.id)
+        self._control.send(
+            "announce", request=request.id, tokens=len(request.tokens), max_new_tokens=request.max_new_tokens
+        )
+        what = f"request {request.id}: a slot on the decode rank"
+        ready = expect(self._control, "ready", self._limit_s, what, aside=self.done)
+        self._limit_s = self._deadline_s
+        if ready["request"] != request.id:
+            self.stream.fail(
+                f"the decode rank is ready for request {ready['request']}; it was told of {request.id}"
+            )
+        self.stream.streaming()
+
+    def _tell_of_layer(self, layer: int) -> None:
+        self._control.send("layer", request=self.stream.request, layer=layer, at=time.monotonic())
+
+
+class KVReceiver(ABC):
+    """The decode side of a stream: fills the slot that it reserved as the layers come.
+
+    `bytes_received` counts the request in hand; `arrived_at` holds when each layer was in the cache, as far as waited for.
+    """
+
+    def __init__(self, mesh: Any, layers: int):
         self.stream = _Stream(layers)
+        self._mesh = mesh
+        self._events: list[Any] = []
+        self.arrived_at: list[float] = []
+        self.bytes_received = 0
+
+    def _begin(self, request: int) -> None:
+        self.stream.begin(request)
+        self._events, self.arrived_at, self.bytes_received = [], [], 0
+
+    def wait_for_layer(self) -> bool:
+        """Wait until the next enqueued layer is in the cache and note the time; False when none is outstanding."""
+        if len(self.arrived_at) == len(self._events):
+            return False
+        ttnn.event_synchronize(self._events[len(self.arrived_at)])
+        self.arrived_at.append(time.monotonic())
+        return True
 
     @abstractmethod
     def accept(self, request: int, tokens: int, slot: int) -> None:

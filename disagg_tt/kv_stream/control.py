@@ -5,14 +5,18 @@
     ready     decode -> prefill: its slot is reserved
     layer     prefill -> decode: one layer's K and V are enqueued on the socket, and when (prefill's clock, s)
     sent      prefill -> decode: the metadata too; and when the request came, its prefill started and was computed
+    metadata  prefill -> decode: the integers that end a staged stream; over a MeshSocket they are a tile
     done      decode -> prefill: a request's answer is complete
     busy      both ways: loading or decoding, so that a long wait is no silence
     ping, pong  comparing clocks
     bye       prefill -> decode: no more requests
+    challenge, proof  both ways, before all else between programs: that both know the token, see programs.py
+    wire      decode -> prefill: where the wire listens
     failed    both ways: the sender ends with this reason
 
 Between ranks the channel is a pyzmq PAIR socket on loopback or the ranks' host, whose address the ranks exchange through
-the distributed context. A message is JSON of at most 1 MiB whose fields are checked before use.
+the distributed context; between programs its address is configured. A message is JSON of at most 1 MiB whose fields are
+checked before use.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from disagg_tt.errors import PeerError, StreamError
+from disagg_tt.errors import InputError, PeerError, StreamError
 
 Message = dict[str, Any]
 Handler = Callable[[Message], None]
@@ -37,11 +41,15 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
     "ready": {"request": int, "slot": int},
     "layer": {"request": int, "layer": int, "at": float},
     "sent": {"request": int, "called_at": float, "started_at": float, "computed_at": float},
+    "metadata": {"request": int, "sequence_length": int, "next_token": int, "layers": int},
     "done": {"request": int, "answer": dict},
     "busy": {},
     "ping": {"at": float},
     "pong": {"at": float, "seen": float},
     "bye": {},
+    "challenge": {"nonce": str},
+    "proof": {"proof": str},
+    "wire": {"host": str, "port": int, "token": str},
     "failed": {"reason": str},
 }
 MAX_BYTES = 1 << 20
@@ -75,7 +83,7 @@ class Control(Protocol):
 
     def send(self, kind: str, **fields: Any) -> None: ...
     def receive(self, timeout_s: float, what: str) -> Message: ...
-    def poll(self) -> Message | None: ...
+    def poll(self, wait_s: float = 0.0) -> Message | None: ...
     def close(self) -> None: ...
 
 
@@ -107,7 +115,7 @@ class LocalControl:
             raise PeerError(f"{what}: nothing came, and in one process nothing else can; this is a deadlock")
         return message
 
-    def poll(self) -> Message | None:
+    def poll(self, wait_s: float = 0.0) -> Message | None:
         return self._inbox.popleft() if self._inbox else None
 
     def close(self) -> None:
@@ -117,7 +125,8 @@ class LocalControl:
 class ZmqControl:
     """One end of a channel between two ranks. zmq's own heartbeats tell when the peer is gone or stopped."""
 
-    def __init__(self, peer: str, *, bind: bool, heartbeat_s: float = 2.0):
+    def __init__(self, peer: str, *, bind: bool, address: str = "", heartbeat_s: float = 2.0):
+        """Make an end; the one that binds does so at `address`, or at a free port. Raises InputError where it cannot."""
         import zmq
 
         self._zmq, self._peer = zmq, peer
@@ -128,8 +137,17 @@ class ZmqControl:
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, int(heartbeat_s * 1000))
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(heartbeat_s * 4000))
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self.address = ""
-        if bind:
+        self._socket.setsockopt(zmq.IPV6, 1)
+        self.address = address
+        if bind and address:
+            try:
+                self._socket.bind(address)
+            except zmq.ZMQError as error:
+                self.close()
+                raise InputError(
+                    f"the control channel cannot listen at {address}: {error}; choose another"
+                ) from None
+        elif bind:
             host = own_host()
             port = self._socket.bind_to_random_port(f"tcp://{host}")
             self.address = f"tcp://{host}:{port}"
@@ -137,11 +155,11 @@ class ZmqControl:
     def connect(self, address: str) -> None:
         self._socket.connect(address)
 
-    def wait_for_peer(self) -> None:
+    def wait_for_peer(self, limit_s: float = CONNECT_S) -> None:
         """Wait until the peer has connected: before that, the binding end's `send` would take it for gone."""
-        if not self._socket.poll(int(CONNECT_S * 1000), self._zmq.POLLOUT):
+        if not self._socket.poll(int(limit_s * 1000), self._zmq.POLLOUT):
             raise PeerError(
-                f"the {self._peer} rank did not connect its control channel within {CONNECT_S:.0f} s"
+                f"the {self._peer} rank did not connect its control channel within {limit_s:.0f} s"
             )
 
     def send(self, kind: str, **fields: Any) -> None:
@@ -211,6 +229,20 @@ def connect_ranks(ttnn: Any, *, me: int, peer: int, peer_role: str, bind: bool) 
     else:
         control.connect(bytes(ttnn.distributed_context_recv_bytes(ADDRESS_BYTES, peer)).decode().strip())
     return control
+
+
+def reason_of(control: Control, error: Exception, aside: list[Message] | None = None) -> Exception:
+    """Return what the peer says about its end, for a moment, if `error` is only that it is gone; else `error`."""
+    try:
+        while isinstance(error, PeerError):
+            message = control.poll(0.5)
+            if message is None:
+                break
+            if message["kind"] == "done" and aside is not None:
+                aside.append(message)
+    except PeerError as told:
+        return told
+    return error
 
 
 def clock_offset(control: Control, timeout_s: float, *, asks: bool, rounds: int = 8) -> float:

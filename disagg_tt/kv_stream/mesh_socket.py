@@ -10,18 +10,17 @@ would stall the decode work behind it. Sends go, by `overlap`:
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from typing import Any
 
 from disagg_tt.cache import PagedCache
 from disagg_tt.config import LlamaConfig
-from disagg_tt.core import TILE, Request, whole_tiles
+from disagg_tt.core import TILE
 from disagg_tt.device import kind, ttnn
 from disagg_tt.device.host import read, to_device
 from disagg_tt.errors import InputError
-from disagg_tt.kv_stream.base import KVReceiver, KVSender, Metadata, PrefillTimes
-from disagg_tt.kv_stream.control import START_UP_S, Control, Message, expect
+from disagg_tt.kv_stream.base import KVReceiver, Metadata, PrefillTimes, RemoteSender, layer_spec
+from disagg_tt.kv_stream.control import Control
 
 FIFO_BYTES = 8192  # of L1 on every receiver core, so small; more than a bfloat8_b or bfloat16 page
 LINKS = 2  # fabric links between two N300 boards; more connections a chip are rejected at the first send
@@ -48,7 +47,7 @@ def tensor_bytes(tensor: Any, chips: int) -> int:
     return int(tensor.buffer_num_pages()) * int(tensor.buffer_page_size()) * chips
 
 
-class MeshSocketSender(KVSender):
+class MeshSocketSender(RemoteSender):
     """The prefill end of the socket."""
 
     def __init__(
@@ -62,34 +61,14 @@ class MeshSocketSender(KVSender):
         direct: bool,
         deadline_s: float,
     ):
-        super().__init__(layers)
+        super().__init__(control, layers, deadline_s)
         if overlap not in ("inline", "queue", "after"):
             raise InputError(f"--overlap is {overlap!r}; allowed: inline, queue, after")
-        self._mesh, self._socket, self._control = mesh, socket, control
-        self._overlap, self._deadline_s = overlap, deadline_s
-        self._limit_s = max(
-            START_UP_S, deadline_s
-        )  # the decode rank may still be compiling at the first request
+        self._mesh, self._socket, self._overlap = mesh, socket, overlap
         self._send = ttnn.experimental.send_direct_async if direct else ttnn.experimental.send_async
         self._chips = mesh.get_num_devices()
         self._kept: list[tuple[int, Any, Any]] = []
-        self.done: list[Message] = []  # answers that came while waiting for a slot
         self._counted = 0  # of the emulator's bytes, those of earlier requests
-
-    def announce(self, request: Request) -> None:
-        self.bytes_sent = 0
-        self.stream.begin(request.id)
-        self._control.send(
-            "announce", request=request.id, tokens=len(request.tokens), max_new_tokens=request.max_new_tokens
-        )
-        what = f"request {request.id}: a slot on the decode rank"
-        ready = expect(self._control, "ready", self._limit_s, what, aside=self.done)
-        self._limit_s = self._deadline_s
-        if ready["request"] != request.id:
-            self.stream.fail(
-                f"the decode rank is ready for request {ready['request']}; it was told of {request.id}"
-            )
-        self.stream.streaming()
 
     def send_layer(self, layer: int, k: Any, v: Any) -> None:
         self.stream.layer(layer)
@@ -109,7 +88,7 @@ class MeshSocketSender(KVSender):
             for tensor in (k, v):
                 self._send_tensor(tensor)
         # Outside the block: within one process the decode side acts on this at once, on queues of its own.
-        self._control.send("layer", request=self.stream.request, layer=layer, at=time.monotonic())
+        self._tell_of_layer(layer)
 
     def _send_tensor(self, tensor: Any) -> None:
         self._send(tensor, self._socket)
@@ -143,7 +122,7 @@ def written(socket: Any) -> int | None:
 
 
 class MeshSocketReceiver(KVReceiver):
-    """The decode end of the socket; `arrived_at` holds when each layer was there, as far as waited for."""
+    """The decode end of the socket."""
 
     def __init__(
         self,
@@ -155,26 +134,17 @@ class MeshSocketReceiver(KVReceiver):
         *,
         direct: bool,
     ):
-        super().__init__(config.num_hidden_layers)
+        super().__init__(mesh, config.num_hidden_layers)
         self.scripted_token = 0  # what a mock cluster's metadata is taken to say
-        self._mesh, self._socket, self._control, self._cache = mesh, socket, control, cache
+        self._socket, self._control, self._config, self._cache = socket, control, config, cache
         self._receive = ttnn.experimental.recv_direct_async if direct else ttnn.experimental.recv_async
-        self._heads, self._head_dim = config.num_key_value_heads // mesh.get_num_devices(), config.head_dim
         self._staging: list[Any] = []
         self._slot, self._tokens = 0, 0
-        self._events: list[Any] = []
-        self.arrived_at: list[float] = []
-        self.bytes_received = 0
 
     def accept(self, request: int, tokens: int, slot: int) -> None:
-        self.stream.begin(request)
+        self._begin(request)
         self._slot, self._tokens = slot, tokens
-        self._events, self.arrived_at, self.bytes_received = [], [], 0
-        spec = ttnn.TensorSpec(
-            ttnn.Shape([1, self._heads, whole_tiles(tokens), self._head_dim]),
-            self._cache.dtype,
-            ttnn.TILE_LAYOUT,
-        )
+        spec = layer_spec(self._config, self._mesh.get_num_devices(), tokens, self._cache.dtype)
         # One pair serves all layers: the queue empties it into the cache before it is written again.
         self._staging = [ttnn.allocate_tensor_on_device(spec, self._mesh) for _ in range(2)]
         self.stream.streaming()
@@ -191,14 +161,6 @@ class MeshSocketReceiver(KVReceiver):
         self._receive(tensor, self._socket)
         self.bytes_received += tensor_bytes(tensor, self._mesh.get_num_devices())
 
-    def wait_for_layer(self) -> bool:
-        """Wait until the next enqueued layer is in the cache and note the time; False when none is outstanding."""
-        if len(self.arrived_at) == len(self._events):
-            return False
-        ttnn.event_synchronize(self._events[len(self.arrived_at)])
-        self.arrived_at.append(time.monotonic())
-        return True
-
     def finish(self) -> Metadata:
         self.stream.ending()
         while self.wait_for_layer():
@@ -206,14 +168,11 @@ class MeshSocketReceiver(KVReceiver):
         spec = ttnn.TensorSpec(ttnn.Shape([1, 1, TILE, TILE]), ttnn.uint32, ttnn.TILE_LAYOUT)
         tile = ttnn.allocate_tensor_on_device(spec, self._mesh)
         self._receive_tensor(tile)
-        expected = Metadata(self.stream.request, self._tokens, self.scripted_token, self.stream.layers)
-        metadata = Metadata.from_tile(read(tile, expected.tile))
-        if (metadata.request, metadata.sequence_length, metadata.layers) != (
-            expected.request,
-            expected.sequence_length,
-            expected.layers,
-        ):
-            self.stream.fail(f"metadata {metadata} does not fit the announced {expected}")
+        scripted = Metadata(self.stream.request, self._tokens, self.scripted_token, self.stream.layers)
+        metadata = Metadata.from_tile(read(tile, scripted.tile))
+        misfit = metadata.misfit(self.stream.request, self._tokens, self.stream.layers)
+        if misfit:
+            self.stream.fail(misfit)
         self._staging = []
         self.stream.end()
         return metadata

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from disagg_tt.device.emulator import mesh
+from disagg_tt.device.emulator import mesh, system
 from disagg_tt.device.emulator.types import FabricConfig
 
 
 @pytest.fixture(autouse=True)
 def _host_as_new() -> Iterator[None]:
     yield
-    mesh._open_chips.clear()
+    system.open_chips.clear()
     mesh._fabric = FabricConfig.DISABLED

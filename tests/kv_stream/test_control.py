@@ -57,7 +57,7 @@ def test_each_wrong_field_is_refused_by_name(kind):
     "value", [None, [], "busy", {}, {"kind": "other"}, {"kind": None}, {"kind": []}, {"kind": {}}]
 )
 def test_what_is_no_message_is_refused(value):
-    with pytest.raises(StreamError, match="its kind must be one of hello, announce"):
+    with pytest.raises(StreamError, match="its kind must be one of .*hello, announce"):
         check(value)
 
 

@@ -12,7 +12,8 @@ from disagg_tt.cache import PagedCache
 from disagg_tt.config import Options
 from disagg_tt.core import Request, whole_tiles
 from disagg_tt.device import ttnn
-from disagg_tt.device.emulator.channel import LocalChannel
+from disagg_tt.device.emulator.channel import REPLICATED, LocalChannel
+from disagg_tt.device.emulator.numeric import pack
 from disagg_tt.device.mesh import close_mesh, open_two
 from disagg_tt.errors import DeviceError, StreamError
 from disagg_tt.kv_stream.base import Metadata, PrefillTimes, State
@@ -82,14 +83,14 @@ def whole(tensor: Any) -> torch.Tensor:
 def written(monkeypatch) -> list[int]:
     """The size of every payload that the transport writes."""
     sizes: list[int] = []
-    put = LocalChannel.put
+    write = LocalChannel.write
 
-    def counting(self: LocalChannel, note: dict, payload: torch.Tensor | None) -> None:
-        if payload is not None:
-            sizes.append(payload.numel() * payload.element_size())
-        put(self, note, payload)
+    def counting(self: LocalChannel, head: Any, shards: list[torch.Tensor], dtype: Any, what: Any) -> None:
+        each = CHIPS if head[1] & REPLICATED else 1  # one shard goes for all chips
+        sizes.append(each * sum(pack(shard, dtype).numel() for shard in shards))
+        write(self, head, shards, dtype, what)
 
-    monkeypatch.setattr(LocalChannel, "put", counting)
+    monkeypatch.setattr(LocalChannel, "write", counting)
     return sizes
 
 
@@ -177,7 +178,7 @@ def test_metadata_that_does_not_fit_the_announcement_is_refused(wrong):
 
 def test_ends_of_different_modes_are_an_error_that_names_both():
     stream = Stream("bfloat16", direct=True, receives_direct=False)
-    with pytest.raises(DeviceError, match=r"sends .*'direct'.* receives .*'fifo'"):
+    with pytest.raises(DeviceError, match=r"sends .* direct; .* receives .* through the FIFO"):
         stream.send(32)
 
 
