@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from disagg_tt.errors import CheckpointError, InputError, PlanError
+from disagg_tt.transfer_config import TRANSPORTS, WIRES, KVTransferConfig
 
 TILE = 32
 MAX_BATCH = 32
@@ -230,7 +231,8 @@ class Options:
 
     model: folder or hub name, None for the checkpoint in the package. max_seq_len: tokens a slot, None for as
     many as needed. batch: decode slots, None for one a prompt. threads: torch threads a rank on the emulator.
-    deadline_s: seconds that any wait for the other rank may last.
+    deadline_s: seconds that any wait for the other rank may last. kv_transfer: this is one of two programs that were
+    started separately; transport is then its connector.
     """
 
     prompts: tuple[Prompt, ...] = (DEFAULT_PROMPT,)
@@ -247,6 +249,8 @@ class Options:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     batch: int | None = None
+    transport: str = "mesh_socket"
+    kv_transfer: KVTransferConfig | None = None
     overlap: str = "inline"
     direct: bool = True
     enable_trace: bool = False
@@ -277,13 +281,39 @@ class Options:
         for name, choice, allowed in (
             ("--kv-dtype", self.kv_dtype, KV_DTYPES),
             ("--weight-dtype", self.weight_dtype, (None, *WEIGHT_DTYPES)),
+            ("--transport", self.transport, TRANSPORTS),
             ("--overlap", self.overlap, OVERLAPS),
         ):
             if choice not in allowed:
                 raise InputError(f"{name} is {choice!r}, allowed are {', '.join(map(str, allowed))}")
+        self._check_transport()
         check_sampling(self.temperature, self.top_p, self.top_k, self.seed)
         if not all(self.stop):
             raise InputError(f"--stop is {list(self.stop)!r}, allowed are texts that are not empty; mend it")
+
+    @property
+    def in_one_process(self) -> bool:
+        """Whether this process prefills and decodes."""
+        return self.single_mesh or self.one_process or self.transport == "local"
+
+    def _check_transport(self) -> None:
+        """InputError where the transport does not go with the other choices."""
+        staged = self.transport in WIRES
+        if self.kv_transfer is not None and self.transport != self.kv_transfer.kv_connector:
+            raise InputError(
+                f"--transport is {self.transport}, kv_connector {self.kv_transfer.kv_connector!r}; leave --transport out"
+            )
+        if staged and (self.single_mesh or self.one_process):
+            raise InputError(
+                f"--transport {self.transport} joins two processes; leave --single-mesh and --one-process out"
+            )
+        if staged and self.overlap == "queue":
+            raise InputError(
+                f"--overlap queue is a socket's: over --transport {self.transport} K and V leave by a thread of the host, which "
+                "overlaps already; use inline or after"
+            )
+        if staged and not self.direct:
+            raise InputError(f"--fifo is a socket's: --transport {self.transport} has none; leave it out")
 
 
 def check_number(name: str, value: object, least: int, most: int) -> None:

@@ -7,9 +7,8 @@ import time
 from disagg_tt.core import Answer
 from disagg_tt.decode import Decode, Token
 from disagg_tt.errors import StreamError
-from disagg_tt.kv_stream.base import PrefillTimes
+from disagg_tt.kv_stream.base import KVReceiver, PrefillTimes
 from disagg_tt.kv_stream.control import START_UP_S, Message
-from disagg_tt.kv_stream.mesh_socket import MeshSocketReceiver
 from disagg_tt.link import Link
 from disagg_tt.perf import Timeline, transfer_times
 from disagg_tt.run import Answers, Run
@@ -25,7 +24,7 @@ class DecodeServer:
         run: Run,
         link: Link,
         decode: Decode,
-        receiver: MeshSocketReceiver,
+        receiver: KVReceiver,
         offset: float,
         timeline: Timeline,
     ):

@@ -1,8 +1,8 @@
 """What a rank does, from configuration to answers: the order of events of the design, each line of which some bug taught.
 
 1. read the configuration, fail on anything wrong          run.read_run
-2. open the mesh, make the socket, barrier                 Link.between_ranks
-3. say hello: same checkpoint and settings on both?        exchange_hellos
+2. open the mesh, make the socket, barrier                 Link.between_ranks, Link.between_programs
+3. say hello: same checkpoint and settings on both?        exchange_hellos, then Link.open_wire if there is no socket
 4. load weights, warm up                                   run.load_model
 5. prefill streams, decode answers                         serve_prefill, DecodeServer
 6. synchronise, barrier, close                             Link.close
@@ -16,14 +16,18 @@ from typing import Any
 
 from loguru import logger
 
+from disagg_tt.cache import PagedCache
 from disagg_tt.core import DECODE, PREFILL, Answer, Request, whole_tiles
 from disagg_tt.decode import Decode
 from disagg_tt.decode_server import DecodeServer
-from disagg_tt.device import features
+from disagg_tt.device import features, ttnn
 from disagg_tt.device.mesh import close_mesh, open_mesh
+from disagg_tt.kv_stream.base import KVReceiver, RemoteSender
 from disagg_tt.kv_stream.control import Control, Message, clock_offset, expect
 from disagg_tt.kv_stream.local import LocalSender
 from disagg_tt.kv_stream.mesh_socket import MeshSocketReceiver, MeshSocketSender
+from disagg_tt.kv_stream.staged import StagedReceiver, StagedSender
+from disagg_tt.kv_stream.wire import WireReceiver, WireSender
 from disagg_tt.link import Link, exchange_hellos
 from disagg_tt.perf import Timeline
 from disagg_tt.prefill import Prefill
@@ -31,24 +35,31 @@ from disagg_tt.run import Answers, Run
 
 
 def run_rank(run: Run, role: str, shape: tuple[int, int], peer: int) -> list[Answer]:
-    """Be one of two ranks; both return the answers, with the measurements of both."""
+    """Be one of two ranks, or of two programs; both return the answers, with the measurements of both."""
     o = run.options
     queues = 2 if o.overlap == "queue" and role == PREFILL else 1
     requests = run.requests() if role == PREFILL else None
     run.config.check_mesh(shape[0] * shape[1])
     if requests is not None:
         run.check_memory(shape[0] * shape[1], requests)
-    link = Link.between_ranks(role, shape, peer, queues=queues, trace=o.enable_trace and role == DECODE)
+    trace = o.enable_trace and role == DECODE
+    if o.kv_transfer is not None:
+        link = Link.between_programs(o, shape, trace=trace)
+    else:
+        sockets = o.transport == "mesh_socket"
+        link = Link.between_ranks(role, shape, peer, sockets=sockets, queues=queues, trace=trace)
     timeline = Timeline(role)
     try:
         hello = exchange_hellos(run, link.control, requests)
         offset = clock_offset(link.control, o.deadline_s, asks=role == DECODE)
+        link.open_wire(o, role, peer)
         if requests is not None:
             answers = serve_prefill(run, link, requests, timeline)()
         else:
             answers = decode_server(run, link, hello, offset, timeline).serve()
     except Exception as error:
         tell_peer(link.control, error)
+        link.close_stream()
         raise
     link.close()
     _emit_trace(run, timeline, offset)
@@ -93,10 +104,8 @@ def serve_prefill(
     """Prefill and stream all `requests`; return a function that waits for their answers."""
     control, o = link.control, run.options
     model = run.load_model(link.mesh, PREFILL, run.tokens_a_slot(requests), lambda: control.send("busy"))
-    layers = run.config.num_hidden_layers
-    sender = MeshSocketSender(
-        link.mesh, link.socket, control, layers, overlap=o.overlap, direct=o.direct, deadline_s=o.deadline_s
-    )
+    sender = _sender(run, link, run.tokens_a_slot(requests))
+    link.stream = sender
     prefill = Prefill(model, sender, run.sampling, timeline, run.watchdog.guard)
     _warm_up_prefill(run, prefill, requests, lambda: control.send("busy"))
     sent: dict[int, int] = {}
@@ -109,13 +118,34 @@ def serve_prefill(
         messages = sender.done
         while len(messages) < len(requests):
             messages.append(expect(control, "done", o.deadline_s, "the answers of the decode rank"))
-        sender.close()
         found = {m["request"]: Answer(**m["answer"]) for m in messages}
         for number, count in sent.items():
             found[number].perf["kv_bytes_sent"] = count
         return [found[r.id] for r in requests]
 
     return answers
+
+
+def _sender(run: Run, link: Link, tokens: int) -> RemoteSender:
+    """Return the prefill end of the stream, for prompts of up to `tokens` tokens: over the link's wire, or its socket."""
+    mesh, control, o = link.mesh, link.control, run.options
+    if isinstance(link.wire, WireSender):
+        dtype = getattr(ttnn, o.kv_dtype)
+        return StagedSender(
+            mesh, link.wire, control, run.config, dtype, tokens, overlap=o.overlap, deadline_s=o.deadline_s
+        )
+    layers = run.config.num_hidden_layers
+    return MeshSocketSender(
+        mesh, link.socket, control, layers, overlap=o.overlap, direct=o.direct, deadline_s=o.deadline_s
+    )
+
+
+def _receiver(run: Run, link: Link, cache: PagedCache, tokens: int) -> KVReceiver:
+    """Return the decode end of the stream, which fills `cache`."""
+    mesh, control, o = link.mesh, link.control, run.options
+    if isinstance(link.wire, WireReceiver):
+        return StagedReceiver(mesh, link.wire, control, run.config, cache, tokens, deadline_s=o.deadline_s)
+    return MeshSocketReceiver(mesh, link.socket, control, run.config, cache, direct=o.direct)
 
 
 def _warm_up_prefill(
@@ -147,9 +177,7 @@ def decode_server(run: Run, link: Link, hello: Message, offset: float, timeline:
     decode = Decode(model, cache, run.sampling, timeline, run.options.enable_trace)
     decode.warm_up()
     control.send("busy")
-    receiver = MeshSocketReceiver(
-        link.mesh, link.socket, control, run.config, decode.cache, direct=run.options.direct
-    )
+    link.stream = receiver = _receiver(run, link, cache, hello["tokens"])
     return DecodeServer(run, link, decode, receiver, offset, timeline)
 
 

@@ -1,4 +1,7 @@
-"""A rank's process: its role and mesh from the environment that tt-run sets, its deadlines, its report, its exit code."""
+"""A rank's process: its role and mesh from the environment that tt-run sets, its deadlines, its report, its exit code.
+
+One of two programs that were started separately is a rank too: 0 prefills, 1 decodes.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,13 @@ from loguru import logger
 from disagg_tt.config import Options
 from disagg_tt.core import DECODE, PREFILL, Answer
 from disagg_tt.device import log_choice
-from disagg_tt.errors import DisaggError, PeerError, RankBindingError
-from disagg_tt.launch import default_binding, job_rank, job_size
+from disagg_tt.errors import DisaggError, InputError, PeerError, RankBindingError
+from disagg_tt.launch import default_binding, in_job, job_rank, job_size
 from disagg_tt.mesh_descriptor import read_mesh_descriptor
 from disagg_tt.rank_binding import RankBinding
 from disagg_tt.report import Event, Reporter, configure_logging
 from disagg_tt.terminal import Terminal, log_perf
+from disagg_tt.transfer_config import KVTransferConfig
 from disagg_tt.watchdog import Watchdog
 
 
@@ -61,19 +65,54 @@ def main(options: Options) -> int:
     local = Terminal(len(options.prompts), as_json=options.json, trace=trace)
 
     def work(seat: Seat) -> None:
-        from disagg_tt.generate import run_rank
-        from disagg_tt.run import read_run
-
-        _use_threads(options)
-        run = read_run(options, seat.emit, seat.watchdog)
-        answers = run_rank(run, seat.role, mesh_shape_of(os.environ, options.rank_binding), seat.peer)
-        plain = [vars(answer) for answer in answers]
+        plain = _answers(options, seat)
         if seat.role == PREFILL:
             seat.emit({"event": "answers", "answers": plain})
         if not os.environ.get("DISAGG_TT_EVENTS"):
             _finish_local(local, seat.role, plain)
 
     return be_rank(work, options.deadline_s, lambda event: _show_local(local, event))
+
+
+def program_main(options: Options, transfer: KVTransferConfig) -> int:
+    """Be one of two programs that were started separately; the prefill program shows the answers. Return the exit code."""
+    if in_job():
+        raise InputError(
+            "--kv-transfer-config joins programs that were started separately, and MPI started this one; in one launch use "
+            "--transport"
+        )
+    role, rank = transfer.role, (PREFILL, DECODE).index(transfer.role)
+    trace = options.trace and f"{options.trace}.{role}"
+    terminal = Terminal(len(options.prompts), as_json=options.json, trace=trace)
+
+    def work(seat: Seat) -> None:
+        plain = _answers(options, seat)
+        if role == PREFILL:
+            terminal.answers = plain
+            for answer in plain:
+                terminal.handle(
+                    {"event": "token", "request": answer["request"], "text": answer["text"], "first": False}
+                )
+        terminal.close()
+
+    def show(event: Event) -> None:
+        if event["event"] == "first_token":
+            _log_first_token(event)
+        elif event["event"] in ("progress", "trace"):
+            terminal.handle(event)
+
+    return _be(role, rank, work, options.deadline_s, show)
+
+
+def _answers(options: Options, seat: Seat) -> list[dict[str, Any]]:
+    """Do a rank's work; return its answers."""
+    from disagg_tt.generate import run_rank
+    from disagg_tt.run import read_run
+
+    _use_threads(options)
+    run = read_run(options, seat.emit, seat.watchdog)
+    answers = run_rank(run, seat.role, mesh_shape_of(os.environ, options.rank_binding), seat.peer)
+    return [vars(answer) for answer in answers]
 
 
 def be_rank(work: Callable[[Seat], None], deadline_s: float, show: Callable[[Event], None]) -> int:
@@ -88,6 +127,16 @@ def be_rank(work: Callable[[Seat], None], deadline_s: float, show: Callable[[Eve
     except RankBindingError as error:
         print(f"disagg-tt: {error}", file=sys.stderr)
         return error.exit_code
+    return _be(role, rank, work, deadline_s, show)
+
+
+def _be(
+    role: str,
+    rank: int,
+    work: Callable[[Seat], None],
+    deadline_s: float,
+    show: Callable[[Event], None],
+) -> int:
     configure_logging(role, rank)
     with Reporter.from_env(os.environ, role, rank, show) as reporter:
         watchdog = Watchdog(deadline_s, lambda what: _give_up(reporter, what, deadline_s))
@@ -118,7 +167,7 @@ def _checked_role(rank: int) -> str:
 
 def run_here(options: Options) -> int:
     """Run `--single-mesh` or `--one-process` in this process and show the answers."""
-    configure_logging("single mesh" if options.single_mesh else "one process")
+    configure_logging("one process" if options.one_process else "single mesh")
     terminal = Terminal(len(options.prompts), as_json=options.json, trace=options.trace)
     answers = answer_here(options, terminal.handle)
     terminal.answers = [vars(answer) for answer in answers]
@@ -138,7 +187,7 @@ def answer_here(options: Options, on_event: Any) -> list[Answer]:
     try:
         run = read_run(options, on_event, watchdog)
         shape = mesh_shape_of(os.environ, options.rank_binding)
-        return (run_single_mesh if options.single_mesh else run_one_process)(run, shape)
+        return (run_one_process if options.one_process else run_single_mesh)(run, shape)
     finally:
         watchdog.close()
 
@@ -149,15 +198,20 @@ def _use_threads(options: Options) -> None:
     if options.threads or "OMP_NUM_THREADS" not in os.environ:
         import torch
 
-        torch.set_num_threads(options.threads or max((os.cpu_count() or 1) // job_size(), 1))
+        programs = job_size() if options.kv_transfer is None else 2  # which may be on one host
+        torch.set_num_threads(options.threads or max((os.cpu_count() or 1) // programs, 1))
 
 
 def _show_local(terminal: Terminal, event: Event) -> None:
     """Without a launcher the decode rank prints the text, and the prefill rank logs the first token."""
     if event["event"] == "first_token":
-        logger.info("request {}: first token {} {!r}", event["request"], event["token"], event["text"])
+        _log_first_token(event)
     elif event["event"] == "trace" or event["role"] == DECODE:
         terminal.handle(event)
+
+
+def _log_first_token(event: Event) -> None:
+    logger.info("request {}: first token {} {!r}", event["request"], event["token"], event["text"])
 
 
 def _finish_local(terminal: Terminal, role: str, answers: list[dict[str, Any]]) -> None:
