@@ -252,15 +252,39 @@ def context(mesh: Any, rank: int) -> dict[str, Any]:
     }
 
 
+def within_process(mesh: Any, rank: int) -> dict[str, Any]:
+    """The host waits for a receive whose send it would post later."""
+    other = ttnn.open_mesh_device(ttnn.MeshShape(1, 2))
+    _, into = ttnn.create_socket_pair(other, mesh, config())
+    target = empty(mesh, "rows")
+    ttnn.experimental.recv_async(target, into)
+    return {"error": error_of(lambda: read(mesh, target))}
+
+
 WITH_SOCKET: dict[str, Callable[..., dict[str, Any]]] = {
     f.__name__: f for f in (exact, mismatch, unreceived, unsent, both_receive_first, early_exit, exits)
 }
 ALONE: dict[str, Callable[..., dict[str, Any]]] = {
-    f.__name__: f for f in (late, different_ends, mesh_ids, context, ring, both_make_their_sending_end_first)
+    f.__name__: f
+    for f in (
+        late,
+        different_ends,
+        mesh_ids,
+        context,
+        ring,
+        both_make_their_sending_end_first,
+        within_process,
+    )
 }
 
 
-DEADLOCKS = ("unreceived", "unsent", "both_receive_first", "both_make_their_sending_end_first")
+DEADLOCKS = (
+    "unreceived",
+    "unsent",
+    "both_receive_first",
+    "both_make_their_sending_end_first",
+    "within_process",
+)
 
 
 def stress(mesh: Any, rank: int) -> dict[str, Any]:

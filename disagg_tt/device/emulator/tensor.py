@@ -131,7 +131,7 @@ class Buffer:
             self._release()
             error = self._still_read()
             if error is not None:
-                self.mesh.queue(0).fail(error)
+                self.mesh._queues[0].fail(error)  # queue(0) would refuse when the mesh is closed
 
     def free(self) -> None:
         """Give the memory back now; raises DeviceError when another queue may still be reading it."""
