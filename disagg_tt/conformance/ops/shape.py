@@ -152,7 +152,10 @@ def _view(rng: Random) -> Case:
 def _squeeze(rng: Random) -> Case:
     shape = some_shape(rng)
     shape[rng.randrange(len(shape))] = 1
-    axis = lambda: rng.randint(-len(shape) - 1, len(shape))  # noqa: E731
+
+    def axis() -> int:
+        return rng.randint(-len(shape) - 1, len(shape))
+
     dim = rng.choice([None, axis(), axis(), axis(), [axis()], [axis(), axis()], []])
     return Case("squeeze", [some_tensor(rng, shape)] + ([] if dim is None else [dim]))
 

@@ -122,7 +122,9 @@ def paged_fill_cache(
                 )
             rows = values[:, row].to(pool.dtype)
             pool[:, :, used] = rows.reshape(rows.shape[0], rows.shape[1], -1, PAGE, rows.shape[3])
-        return cache_tensor._values.data  # type: ignore[return-value]
+        data = cache_tensor._values.data
+        assert data is not None
+        return data
 
     launch_in_place(op, cache_tensor, compute, input_tensor, *indices, as_held=True)
     return cache_tensor
@@ -234,7 +236,9 @@ def paged_update_cache(
         if dtype is not BF16:
             values = round_on_device(values, dtype)
         pool[:, :, page, offset] = values.transpose(1, 2)
-        return cache_tensor._values.data  # type: ignore[return-value]
+        data = cache_tensor._values.data
+        assert data is not None
+        return data
 
     launch_in_place(op, cache_tensor, compute, input_tensor, *given)
     return cache_tensor

@@ -159,7 +159,9 @@ def need_pages(op: str, cache: Spec) -> None:
 
 def as_pool(values: Values) -> torch.Tensor:
     """Return a cache as [chips, kv_heads, pages, 32, head_dim], stored in that order from the first use on."""
-    pool = values.data.transpose(1, 2)  # type: ignore[union-attr]
+    data = values.data
+    assert data is not None, "make_writable, or a test for undefined values, comes first"
+    pool = data.transpose(1, 2)
     if not pool.is_contiguous():
         pool = pool.contiguous()
         values.data, values.private = pool.transpose(1, 2), True
