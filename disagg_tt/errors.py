@@ -9,7 +9,8 @@ DisaggError                       exit code 1
 |- DeviceError                    a call that the device rejects, or that hardware would hang on or corrupt silently
 |  `- NotEmulatedError            a call that ttnn may accept and the emulator does not have
 |- StreamError                    a K/V stream that broke its protocol
-`- PeerError                      the other rank died, hangs, never came, or failed (its reason is in the message)
+|- PeerError                      the other rank died, hangs, never came, or failed (its reason is in the message)
+`- OverloadError                  a server that cannot take one more request now; says when to come again
 """
 
 
@@ -58,3 +59,14 @@ class StreamError(DisaggError):
 
 class PeerError(DisaggError):
     """The other rank died, hangs, never came, or reported a failure."""
+
+
+class OverloadError(DisaggError):
+    """A server cannot take the request now: its queue is full (`unavailable` False), or no rank serves (True).
+
+    `retry_after_s` is when it is worth another try, in s.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float, unavailable: bool = False):
+        super().__init__(message)
+        self.retry_after_s, self.unavailable = retry_after_s, unavailable
