@@ -36,7 +36,13 @@ class PagedCache:
         self._rows[slot, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
         ttnn.copy_host_to_device_tensor(host_tensor(self.mesh, self._rows, ttnn.int32), self.page_table)
 
-    def fill(self, layer: int, k: Any, v: Any, slot: int) -> None:
-        """Write K and V, each [1, kv_heads / chips, tokens, head_dim] of the cache's dtype, from token 0 of `slot`."""
+    def table_row(self, blocks: list[int]) -> Any:
+        """Return a page table of one row on the device, int32 [1, blocks per slot]: `blocks` in token order, then zeros."""
+        row = torch.zeros(1, self.blocks_per_slot, dtype=torch.int32)
+        row[0, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        return to_device(self.mesh, row, ttnn.int32)
+
+    def fill(self, layer: int, k: Any, v: Any, row: Any) -> None:
+        """Write K and V, each [1, kv_heads / chips, tokens, head_dim] of the cache's dtype, to the blocks of `row`, in order."""
         for pool, values in zip(self.layers[layer], (k, v), strict=True):
-            ttnn.experimental.paged_fill_cache(pool, values, self.page_table, batch_idx=slot)
+            ttnn.experimental.paged_fill_cache(pool, values, row, batch_idx=0)

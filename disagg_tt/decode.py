@@ -5,6 +5,8 @@
 3. take the metadata: length and first token                      start
 4. one step: every slot in use gets its next token                step
 5. a slot whose answer has ended is free again                    step
+
+`Batch` is the device's part of it, which the serving engine uses too; `Decode` keeps a run's slots.
 """
 
 from __future__ import annotations
@@ -21,7 +23,119 @@ from disagg_tt.device.host import read
 from disagg_tt.errors import StreamError
 from disagg_tt.model.llama import ROWS, Llama
 from disagg_tt.perf import Timeline
-from disagg_tt.tokens import Sampling, TextStream, sample
+from disagg_tt.tokens import Logprob, Sampling, TextStream, logprob, sample
+
+
+@dataclass
+class Row:
+    """One slot's part in a step: its last token, where that token's K and V go, and how the next one is chosen.
+
+    logprobs: None, or how many alternatives to report beside each token's own log-probability.
+    """
+
+    token: int
+    position: int
+    sampling: Sampling
+    logprobs: int | None = None
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the device chooses the next token, so that it need not leave it."""
+        return self.sampling.greedy and self.logprobs is None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The token that a step chose for a slot, with its log-probability if that was asked for."""
+
+    token: int
+    logprob: Logprob | None = None
+
+
+class Batch:
+    """The rows of a decode step over `cache.slots` slots, of which any may join or leave between steps."""
+
+    def __init__(self, model: Llama, cache: PagedCache, enable_trace: bool = False):
+        """With `enable_trace`, warm_up captures a step as a ttnn trace, and every step replays it."""
+        self.model, self.cache = model, cache
+        self.rows: dict[int, Row] = {}
+        self._enable_trace, self._trace = enable_trace, None
+        self._inputs = model.decode_inputs(cache.slots)
+        self._logits: Any = None
+        self._stale = True  # the rows are no longer what the device holds
+
+    def join(self, slot: int, row: Row) -> None:
+        """Let `slot`, whose earlier tokens are in the cache, take part from the next step on."""
+        self.rows[slot] = row
+        self._stale = True
+
+    def leave(self, slot: int) -> None:
+        """Take `slot` out of the steps."""
+        del self.rows[slot]
+        self._stale = True
+
+    def step(self) -> dict[int, Choice]:
+        """Decode one token of every row; return them by slot. Each row moves on to its new token."""
+        if self._stale:
+            tokens, positions = [0] * self.cache.slots, [-1] * self.cache.slots
+            for slot, row in self.rows.items():
+                tokens[slot], positions[slot] = row.token, row.position
+            self.model.set_decode_inputs(self._inputs, tokens, positions)
+            self._stale = False
+        if self._trace is None:
+            self._run()
+        else:
+            ttnn.execute_trace(self.model.mesh, self._trace, cq_id=0, blocking=False)
+        chosen = self._choose()
+        for slot, row in self.rows.items():
+            row.token = chosen[slot].token
+            row.position += 1
+        return chosen
+
+    def _run(self) -> None:
+        """Enqueue one step; it ends with the likeliest tokens in the inputs of the next."""
+        self._logits = self.model.decode_step(self._inputs, self.cache)
+        ttnn.copy(self.model.greedy(self._logits), self._inputs.tokens)
+
+    def _choose(self) -> dict[int, Choice]:
+        if all(row.on_device for row in self.rows.values()):
+            ids = read(self._inputs.tokens, self._scripted)[0].tolist()
+            return {slot: Choice(int(ids[slot])) for slot in self.rows}
+        self._stale = True  # what the host chooses has to be written
+        vocab = self.model.config.vocab_size
+        values = read(self._logits, lambda: torch.zeros(1, 1, ROWS, vocab))[0, 0].float()
+        return {s: choose(values[s], r.sampling, r.position + 1, r.logprobs) for s, r in self.rows.items()}
+
+    def _scripted(self) -> torch.Tensor:
+        """Return what a mock cluster is taken to say: each slot counts up from its first token."""
+        ids = torch.zeros(1, ROWS, dtype=torch.int64)
+        for slot, row in self.rows.items():
+            ids[0, slot] = (row.token + 1) % self.model.config.vocab_size
+        return ids
+
+    def warm_up(self) -> None:
+        """Compile a step with every slot in use, and capture it if asked; it writes to pages that no request has yet."""
+        mesh, slots = self.model.mesh, self.cache.slots
+        self.model.set_decode_inputs(self._inputs, [0] * slots, [0] * slots)
+        self._run()
+        ttnn.synchronize_device(mesh)
+        if self._enable_trace:
+            self._trace = ttnn.begin_trace_capture(mesh, cq_id=0)
+            self._run()
+            ttnn.end_trace_capture(mesh, self._trace, cq_id=0)
+        self._stale = True
+
+    def close(self) -> None:
+        """Release the trace."""
+        if self._trace is not None:
+            ttnn.release_trace(self.model.mesh, self._trace)
+            self._trace = None
+
+
+def choose(logits: torch.Tensor, sampling: Sampling, position: int, logprobs: int | None) -> Choice:
+    """Choose the token for `position` from `logits` [vocabulary] float32, and its log-probability if asked for."""
+    token = sample(logits, sampling, position)
+    return Choice(token, None if logprobs is None else logprob(logits, token, logprobs))
 
 
 @dataclass
@@ -31,6 +145,7 @@ class Slot:
     request: int
     text: TextStream
     prompt_tokens: int
+    blocks: list[int]
     position: int = 0
     tokens: list[int] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
@@ -57,18 +172,15 @@ class Decode:
         timeline: Timeline,
         enable_trace: bool = False,
     ):
-        """With `enable_trace`, warm_up captures one step as a ttnn trace, and every step replays it."""
-        self.model, self.cache, self.sampling, self.timeline = model, cache, sampling, timeline
-        self._enable_trace, self._trace = enable_trace, None
+        self.cache, self.sampling, self.timeline = cache, sampling, timeline
+        self.batch = Batch(model, cache, enable_trace)
         self.slots: dict[int, Slot] = {}
-        self._inputs = model.decode_inputs(cache.slots)
-        self._logits: Any = None
-        self._stale = True  # slots changed since the inputs were written
+        self._vocabulary = model.config.vocab_size
 
     @property
     def running(self) -> int:
         """Slots that have their first token."""
-        return sum(bool(slot.tokens) for slot in self.slots.values())
+        return len(self.batch.rows)
 
     def reserve(self, request: int, prompt_tokens: int, text: TextStream) -> int:
         """Take a free slot and its pages for `request`; return the slot. Raises StreamError when none is free."""
@@ -79,68 +191,37 @@ class Decode:
         if prompt_tokens > pages * BLOCK:
             raise StreamError(f"request {request}: {prompt_tokens} tokens for a slot of {pages * BLOCK}")
         # Each slot owns a region of the pool, in order: neighbours in the sequence are neighbours in memory.
-        self.cache.assign(slot, list(range(slot * pages, (slot + 1) * pages)))
-        self.slots[slot] = Slot(request, text, prompt_tokens)
+        blocks = list(range(slot * pages, (slot + 1) * pages))
+        self.cache.assign(slot, blocks)
+        self.slots[slot] = Slot(request, text, prompt_tokens, blocks)
         return slot
 
     def start(self, slot: int, first_token: int) -> Token:
         """Begin decoding `slot`, whose prompt is in the cache, after its first token."""
         entry = self.slots[slot]
         entry.position = entry.prompt_tokens
-        self._stale = True
+        self.batch.join(slot, Row(first_token, entry.position, self.sampling))
         return self._take(slot, first_token)
 
     def step(self) -> list[Token]:
         """Decode one token of every running slot and return them; ended slots become free."""
-        running = {s: slot for s, slot in self.slots.items() if slot.tokens}
         started = time.monotonic()
-        if self._stale or not self.sampling.greedy:
-            tokens, positions = [0] * self.cache.slots, [-1] * self.cache.slots
-            for s, slot in running.items():
-                tokens[s], positions[s] = slot.tokens[-1], slot.position
-            self.model.set_decode_inputs(self._inputs, tokens, positions)
-            self._stale = False
-        if self._trace is None:
-            self._run_step()
-        else:
-            ttnn.execute_trace(self.model.mesh, self._trace, cq_id=0, blocking=False)
-        chosen = self._choose(running)
+        chosen = self.batch.step()
         taken = time.monotonic() - started
-        self.timeline.add("decode step", started, started + taken, slots=len(running))
+        self.timeline.add("decode step", started, started + taken, slots=len(chosen))
         result = []
-        for s, slot in running.items():
+        for s, choice in chosen.items():
+            slot = self.slots[s]
             slot.position += 1
             slot.steps.append(taken)
-            result.append(self._take(s, chosen[s]))
+            result.append(self._take(s, choice.token))
         return result
-
-    def _run_step(self) -> None:
-        """Enqueue one step; a greedy one ends with its tokens in the inputs of the next."""
-        self._logits = self.model.decode_step(self._inputs, self.cache)
-        if self.sampling.greedy:
-            ttnn.copy(self.model.greedy(self._logits), self._inputs.tokens)
-
-    def _choose(self, running: dict[int, Slot]) -> dict[int, int]:
-        """Return each running slot's next token."""
-        if self.sampling.greedy:
-            row = read(self._inputs.tokens, lambda: self._scripted(running))[0].tolist()
-            return {s: int(row[s]) for s in running}
-        vocab = self.model.config.vocab_size
-        values = read(self._logits, lambda: torch.zeros(1, 1, ROWS, vocab))[0, 0].float()
-        return {s: sample(values[s], self.sampling, slot.position + 1) for s, slot in running.items()}
-
-    def _scripted(self, running: dict[int, Slot]) -> torch.Tensor:
-        """Return what a mock cluster is taken to say: each slot counts up from its first token."""
-        ids = torch.zeros(1, ROWS, dtype=torch.int64)
-        for s, slot in running.items():
-            ids[0, s] = (slot.tokens[-1] + 1) % self.model.config.vocab_size
-        return ids
 
     def _take(self, s: int, token: int) -> Token:
         slot = self.slots[s]
-        if not 0 <= token < self.model.config.vocab_size:
+        if not 0 <= token < self._vocabulary:
             raise StreamError(
-                f"request {slot.request}: token {token}; the vocabulary has 0..{self.model.config.vocab_size - 1}"
+                f"request {slot.request}: token {token}; the vocabulary has 0..{self._vocabulary - 1}"
             )
         slot.tokens.append(token)
         text = slot.text.push(token)
@@ -149,23 +230,13 @@ class Decode:
             reason, text = "length", text + slot.text.flush()
         if reason is not None:
             del self.slots[s]
-            self._stale = True
+            self.batch.leave(s)
         return Token(slot.request, token, text, reason)
 
     def warm_up(self) -> None:
-        """Compile a step with every slot in use, and capture it if asked; it writes to pages that no request has yet."""
-        mesh, slots = self.model.mesh, self.cache.slots
-        self.model.set_decode_inputs(self._inputs, [0] * slots, [0] * slots)
-        self._run_step()
-        ttnn.synchronize_device(mesh)
-        if self._enable_trace:
-            self._trace = ttnn.begin_trace_capture(mesh, cq_id=0)
-            self._run_step()
-            ttnn.end_trace_capture(mesh, self._trace, cq_id=0)
-        self._stale = True
+        """Compile a step, and capture it if asked."""
+        self.batch.warm_up()
 
     def close(self) -> None:
         """Release the trace."""
-        if self._trace is not None:
-            ttnn.release_trace(self.model.mesh, self._trace)
-            self._trace = None
+        self.batch.close()

@@ -83,7 +83,8 @@ class DecodeServer:
         text = self.run.text_stream(message["max_new_tokens"])
         self._slot = self.decode.reserve(message["request"], message["tokens"], text)
         self.answers.open(message["request"], message["tokens"], self.decode.slots[self._slot].steps)
-        self.receiver.accept(message["request"], message["tokens"], self._slot)
+        row = self.decode.cache.table_row(self.decode.slots[self._slot].blocks)
+        self.receiver.accept(message["request"], message["tokens"], row)
 
     def _start(self, message: Message) -> None:
         with self.run.watchdog.guard(f"the K/V of request {message['request']} to arrive"):

@@ -153,7 +153,7 @@ def _receive(run: DryRun, link: Link, hello: dict[str, int], timeline: Timeline)
     server = decode_server(run, link, hello, 0.0, timeline)
     server.serve()
     link.stream = None  # else its cache stays, and the batches need the room
-    return server.decode.model
+    return server.decode.batch.model
 
 
 def _decode(run: DryRun, model: Llama, batch: Setup, timeline: Timeline) -> None:

@@ -9,6 +9,7 @@ DisaggError                       exit code 1
 |- DeviceError                    a call that the device rejects, or that hardware would hang on or corrupt silently
 |  `- NotEmulatedError            a call that ttnn may accept and the emulator does not have
 |- StreamError                    a K/V stream that broke its protocol
+|  `- RefusedError                the decode side does not want a request any more; nothing is broken
 |- PeerError                      the other rank died, hangs, never came, or failed (its reason is in the message)
 `- OverloadError                  a server that cannot take one more request now; says when to come again
 """
@@ -55,6 +56,10 @@ class NotEmulatedError(DeviceError):
 
 class StreamError(DisaggError):
     """A K/V stream broke its protocol: wrong order, wrong size, wrong metadata."""
+
+
+class RefusedError(StreamError):
+    """The decode side does not take a request, which was cancelled meanwhile; the stream can be used for the next."""
 
 
 class PeerError(DisaggError):

@@ -215,13 +215,14 @@ def _answer_on(mesh: Any, run: Run, requests: list[Request], timeline: Timeline)
             step()
         started = time.monotonic()
         text = run.text_stream(request.max_new_tokens)
-        sender.slot = decode.reserve(request.id, len(request.tokens), text)
-        answers.open(request.id, len(request.tokens), decode.slots[sender.slot].steps)
+        slot = decode.reserve(request.id, len(request.tokens), text)
+        sender.row = cache.table_row(decode.slots[slot].blocks)
+        answers.open(request.id, len(request.tokens), decode.slots[slot].steps)
         first: list[int] = []
         prefill.run(request, first.append)
         taken = (time.monotonic() - started) * 1e3
         answers.by_request[request.id].perf |= {"prefill_ms": taken, "ttft_ms": taken}
-        answers.take(decode.start(sender.slot, first[0]), first=True)
+        answers.take(decode.start(slot, first[0]), first=True)
     while decode.running:
         step()
     decode.close()

@@ -53,9 +53,8 @@ __all__ = [
     "run_job",
 ]
 
-RANKS = 2
 TOGETHER_SECONDS = (
-    30.0  # between the first rank's start and the other's; a rank that waits in MPI_Init cannot give up
+    30.0  # between the first rank's start and the last one's; a rank that waits in MPI_Init cannot give up
 )
 
 _POLL_MS = 100
@@ -105,9 +104,9 @@ def run_job(
 
     The exit code is that of the first rank which failed, 1 for one killed by a signal. Ranks' output goes to stderr.
     On an exception (Ctrl-C, SIGTERM, one from on_event) all processes are ended and it is raised on. Raises
-    RankBindingError when the binding is not a pair, PeerError when the launcher program is missing.
+    RankBindingError when the binding's roles or meshes do not fit, PeerError when the launcher program is missing.
     """
-    binding.pair()
+    binding.check()
     with job_folder() as folder, _event_socket() as (socket, address):
         # should this process be killed, the kernel ends mpirun (tt-run ends its mpirun on SIGINT only), and its death
         # ends the ranks
@@ -119,7 +118,7 @@ def run_job(
         with signals_raise():
             process, pipe = start(command, job_env)
             with pipe:
-                job = _Job(process, pipe.fileno(), socket, on_event)
+                job = _Job(process, pipe.fileno(), socket, on_event, len(binding.ranks))
                 try:
                     reason = job.follow(deadline, start_deadline)
                 finally:
@@ -136,7 +135,9 @@ class _Job:
         pipe: int,
         socket: zmq.Socket[bytes],
         on_event: Callable[[Event], None],
+        ranks: int,
     ) -> None:
+        self.ranks = ranks
         self.process, self.pipe, self.socket, self.on_event = process, pipe, socket, on_event
         self.output = JobOutput(sys.stderr)
         self.alive: set[int] = set()  # ranks that reported "started" and not yet "closed"
@@ -166,9 +167,9 @@ class _Job:
                 reason = f"the job did not end within {deadline:g} s"
             elif not self.heard and now - began > start_deadline:
                 reason = f"no rank reported anything within {start_deadline:g} s"
-            elif 0 < len(self.started) < RANKS and now - min(self.started.values()) > TOGETHER_SECONDS:
-                missing = sorted(set(range(RANKS)) - set(self.started))
-                reason = f"rank {missing[0]} never came: the other started {TOGETHER_SECONDS:g} s ago"
+            elif 0 < len(self.started) < self.ranks and now - min(self.started.values()) > TOGETHER_SECONDS:
+                missing = sorted(set(range(self.ranks)) - set(self.started))
+                reason = f"rank {missing[0]} never came: the first started {TOGETHER_SECONDS:g} s ago"
         if not reason and failed_at is None:  # at the end of output mpirun itself is about to exit
             with suppress(subprocess.TimeoutExpired):  # end_session ends it
                 self.process.wait(TERMINATE_SECONDS)

@@ -10,7 +10,8 @@
     mesh_graph_desc_path: mesh_descriptors/n300x2.textproto
 
 `RankBinding.load` reads it with tt-run's own rules (ttnn.distributed.ttrun), so that one file serves hardware, mock cluster
-and emulator. `pair` checks it for what this program needs: one prefill rank and one decode rank, each with its own mesh.
+and emulator. `check` checks it for what this program needs, ranks that each have a mesh of their own and a decode rank among
+them; `pair` for one prefill and one decode rank.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -101,18 +103,25 @@ class RankBinding:
             ranks.append(Rank(rank, mesh_id, host_rank, env))
         return cls(path, tuple(ranks), common, shapes[common], global_env)
 
+    def check(self) -> None:
+        """Raise RankBindingError unless there is a decode rank, and each rank has a role and a mesh of its own."""
+        raise_ = _Complaint(f"rank binding {self.path}")
+        _check_roles(self.ranks, raise_)
+        for first, second in combinations(self.ranks, 2):
+            _check_meshes(first, second, self.mesh_shapes, raise_)
+
     def pair(self) -> tuple[Rank, Rank]:
         """The prefill rank and the decode rank. Raises RankBindingError when the binding does not make such a pair."""
         raise_ = _Complaint(f"rank binding {self.path}")
-        _check_roles(self.ranks, raise_)
+        _check_roles(self.ranks, raise_, one_prefill=True)
         if len(self.ranks) != 2:
             raise_(
                 f"it has {len(self.ranks)} ranks",
                 "this program runs one prefill and one decode rank",
                 "Use a rank binding with two ranks, such as rank_bindings/n300x2_1p1d.yaml.",
             )
+        self.check()
         prefill, decode = sorted(self.ranks, key=lambda rank: ROLES.index(rank.role))
-        _check_meshes(prefill, decode, self.mesh_shapes, raise_)
         return prefill, decode
 
 
@@ -236,7 +245,7 @@ def _expand(variables: Mapping[str, str], environ: Mapping[str, str]) -> dict[st
     }
 
 
-def _check_roles(ranks: tuple[Rank, ...], raise_: _Complaint) -> None:
+def _check_roles(ranks: tuple[Rank, ...], raise_: _Complaint, *, one_prefill: bool = False) -> None:
     named = [rank.rank for rank in ranks if "DISAGG_TT_ROLE" in rank.env]
     roles = [rank.role for rank in ranks]
     shown = ", ".join(f"rank {rank.rank} {rank.role!r}" for rank in ranks if not named or rank.rank in named)
@@ -245,15 +254,13 @@ def _check_roles(ranks: tuple[Rank, ...], raise_: _Complaint) -> None:
         raise_(f"only some ranks have a role ({shown})", "a role for every rank or for none", remedy)
     if not set(roles) <= set(ROLES):
         raise_(f"DISAGG_TT_ROLE is {shown}", "prefill and decode", remedy)
-    if roles.count("prefill") != 1 or "decode" not in roles:
-        raise_(f"the roles are {shown}", "one prefill rank and at least one decode rank", remedy)
+    if "decode" not in roles or (one_prefill and roles.count("prefill") != 1):
+        prefill = "one prefill rank and " if one_prefill else ""
+        raise_(f"the roles are {shown}", f"{prefill}at least one decode rank", remedy)
 
 
-def _check_meshes(
-    prefill: Rank, decode: Rank, shapes: dict[int, tuple[int, int]], raise_: _Complaint
-) -> None:
+def _check_meshes(first: Rank, second: Rank, shapes: dict[int, tuple[int, int]], raise_: _Complaint) -> None:
     """Check that each rank has a mesh of one descriptor for itself, and PCIe devices that can make that mesh."""
-    first, second = sorted((prefill, decode), key=lambda rank: rank.rank)
     variable = "TT_MESH_GRAPH_DESC_PATH"
     if first.env[variable] != second.env[variable]:
         raise_(

@@ -93,6 +93,21 @@ def _nucleus(weights: torch.Tensor, top_k: int, top_p: float) -> tuple[torch.Ten
     return weights, ids
 
 
+@dataclass(frozen=True)
+class Logprob:
+    """A token's log-probability under the model, before temperature, top-k and top-p; and the likeliest alternatives."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def logprob(logits: torch.Tensor, token: int, alternatives: int) -> Logprob:
+    """The log-probability of `token` and the `alternatives` likeliest tokens with theirs, from `logits` [vocabulary]."""
+    values = torch.log_softmax(logits.double(), 0)
+    top = torch.topk(values, min(alternatives, len(values)))
+    return Logprob(float(values[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+
+
 class Decoder(Protocol):
     """What `TextStream` needs of a tokenizer."""
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 from disagg_tt.config import LlamaConfig
 from disagg_tt.core import TILE, Request, whole_tiles
 from disagg_tt.device import ttnn
-from disagg_tt.errors import StreamError
+from disagg_tt.errors import RefusedError, StreamError
 from disagg_tt.kv_stream.control import START_UP_S, Control, Message, expect
 
 MAGIC, VERSION = 0x44544B56, 1
@@ -141,14 +142,15 @@ class KVSender(ABC):
 
     @abstractmethod
     def announce(self, request: Request) -> None:
-        """Tell the receiver about `request` and wait until its cache is reserved; the stream is then streaming.
-
-        Raises PeerError when the receiver does not answer in time, died or failed.
-        """
+        """Tell the receiver about `request`. The first layer waits until its cache is reserved: the stream is then streaming."""
 
     @abstractmethod
     def send_layer(self, layer: int, k: Any, v: Any) -> None:
-        """Enqueue sending layer `layer`'s K and V; does not wait. The tensors are kept alive as long as needed."""
+        """Enqueue sending layer `layer`'s K and V. The tensors are kept alive as long as needed.
+
+        The first layer waits for the receiver: raises PeerError when it does not answer in time, died or failed, and
+        RefusedError when it wants the request no more, after which another may be announced.
+        """
 
     @abstractmethod
     def finish(self, metadata: Metadata, times: PrefillTimes) -> None:
@@ -162,7 +164,8 @@ class KVSender(ABC):
 class RemoteSender(KVSender):
     """What every sender to another mesh does: it announces over a control channel, and tells of each layer.
 
-    `done` holds answers that came while it waited for a slot.
+    A layer is told of when it is computed, not when it is enqueued: a receive that waits on the device would hold up the
+    decode steps behind it. So the host runs at most one layer ahead of the device. `done` holds answers that came while it waited for a slot.
     """
 
     def __init__(self, control: Control, layers: int, deadline_s: float):
@@ -171,6 +174,9 @@ class RemoteSender(KVSender):
         # the decode rank may still be compiling at the first request
         self._limit_s = max(START_UP_S, deadline_s)
         self.done: list[Message] = []
+        self._untold: deque[tuple[int, Any]] = (
+            deque()
+        )  # layers, each with the event that says that it is computed
 
     def announce(self, request: Request) -> None:
         self.bytes_sent = 0
@@ -178,21 +184,38 @@ class RemoteSender(KVSender):
         self._control.send(
             "announce", request=request.id, tokens=len(request.tokens), max_new_tokens=request.max_new_tokens
         )
-        what = f"request {request.id}: a slot on the decode rank"
-        ready = expect(self._control, "ready", self._limit_s, what, aside=self.done)
+
+    def _wait_until_ready(self) -> None:
+        """Wait until the receiver has reserved its cache, once a stream."""
+        if self.stream.state is not State.WAITING:
+            return
+        what = f"request {self.stream.request}: a slot on the decode rank"
+        try:
+            ready = expect(self._control, "ready", self._limit_s, what, aside=self.done)
+        except RefusedError:
+            self.stream.state = State.DONE
+            raise
         self._limit_s = self._deadline_s
-        if ready["request"] != request.id:
+        if ready["request"] != self.stream.request:
             self.stream.fail(
-                f"the decode rank is ready for request {ready['request']}; it was told of {request.id}"
+                f"the decode rank is ready for request {ready['request']}; it was told of {self.stream.request}"
             )
         self.stream.streaming()
 
-    def _tell_of_layer(self, layer: int) -> None:
-        self._control.send("layer", request=self.stream.request, layer=layer, at=time.monotonic())
+    def _tell_when_computed(self, layer: int, computed: Any) -> None:
+        """Tell the receiver of the layers before `layer`, and of this one when the next is enqueued or the stream ends."""
+        self._tell_of_layers()
+        self._untold.append((layer, computed))
+
+    def _tell_of_layers(self) -> None:
+        while self._untold:
+            layer, computed = self._untold.popleft()
+            ttnn.event_synchronize(computed)
+            self._control.send("layer", request=self.stream.request, layer=layer, at=time.monotonic())
 
 
 class KVReceiver(ABC):
-    """The decode side of a stream: fills the slot that it reserved as the layers come.
+    """The decode side of a stream: fills the blocks that were reserved as the layers come.
 
     `bytes_received` counts the request in hand; `arrived_at` holds when each layer was in the cache, as far as waited for.
     """
@@ -217,8 +240,8 @@ class KVReceiver(ABC):
         return True
 
     @abstractmethod
-    def accept(self, request: int, tokens: int, slot: int) -> None:
-        """Make `slot`, whose pages are assigned, ready for `tokens` tokens of `request`, and tell the sender so."""
+    def accept(self, request: int, tokens: int, row: Any) -> None:
+        """Take `tokens` tokens of `request` into the blocks of `row` (PagedCache.table_row), and tell the sender so."""
 
     @abstractmethod
     def receive_layer(self, layer: int) -> None:

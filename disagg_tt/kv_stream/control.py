@@ -3,7 +3,8 @@
     hello     both ways, first: what each side runs (compared), its clock, and the prefill side's plan
     announce  prefill -> decode: a request's id, prompt tokens, new tokens at most
     ready     decode -> prefill: its slot is reserved
-    layer     prefill -> decode: one layer's K and V are enqueued on the socket, and when (prefill's clock, s)
+    refused   decode -> prefill: it takes this request no more, which was cancelled; nothing may follow
+    layer     prefill -> decode: one layer's K and V are computed and about to leave; and when (prefill's clock, s)
     sent      prefill -> decode: the metadata too; and when the request came, its prefill started and was computed
     metadata  prefill -> decode: the integers that end a staged stream; over a MeshSocket they are a tile
     done      decode -> prefill: a request's answer is complete
@@ -30,7 +31,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from disagg_tt.errors import InputError, PeerError, StreamError
+from disagg_tt.errors import InputError, PeerError, RefusedError, StreamError
 
 Message = dict[str, Any]
 Handler = Callable[[Message], None]
@@ -38,7 +39,8 @@ Handler = Callable[[Message], None]
 SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
     "hello": {"digest": str, "settings": dict, "requests": int, "tokens": int},
     "announce": {"request": int, "tokens": int, "max_new_tokens": int},
-    "ready": {"request": int, "slot": int},
+    "ready": {"request": int},
+    "refused": {"request": int, "reason": str},
     "layer": {"request": int, "layer": int, "at": float},
     "sent": {"request": int, "called_at": float, "started_at": float, "computed_at": float},
     "metadata": {"request": int, "sequence_length": int, "next_token": int, "layers": int},
@@ -265,12 +267,17 @@ def clock_offset(control: Control, timeout_s: float, *, asks: bool, rounds: int 
 def expect(
     control: Control, kind: str, timeout_s: float, what: str, aside: list[Message] | None = None
 ) -> Message:
-    """Return the next message, which must be of `kind`; `busy` restarts the wait, `done` goes to `aside` if given."""
+    """Return the next message, which must be of `kind`; `busy` restarts the wait, `done` goes to `aside` if given.
+
+    Raises RefusedError for `refused`, StreamError for another kind.
+    """
     while True:
         message = control.receive(timeout_s, what)
         if message["kind"] == kind:
             return message
         if message["kind"] == "done" and aside is not None:
             aside.append(message)
+        elif message["kind"] == "refused":
+            raise RefusedError(f"{what}: {message['reason']}")
         elif message["kind"] != "busy":
             raise StreamError(f"{what}: a {message['kind']!r} message came where {kind!r} is due")

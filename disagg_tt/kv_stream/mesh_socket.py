@@ -71,24 +71,26 @@ class MeshSocketSender(RemoteSender):
         self._counted = 0  # of the emulator's bytes, those of earlier requests
 
     def send_layer(self, layer: int, k: Any, v: Any) -> None:
+        self._wait_until_ready()
         self.stream.layer(layer)
         if self._overlap == "after":
             self._kept.append((layer, k, v))
         elif self._overlap == "inline":
             self._enqueue(layer, k, v)
         else:
-            computed = ttnn.record_event(self._mesh, 0)
-            ttnn.wait_for_event(SEND_QUEUE, computed)
             self._enqueue(layer, k, v, SEND_QUEUE)
             # their memory may be reused only when the other queue has sent them
             self._kept.append((layer, k, v))
 
     def _enqueue(self, layer: int, k: Any, v: Any, queue: int = 0) -> None:
+        computed = ttnn.record_event(self._mesh, 0)
+        if queue:
+            ttnn.wait_for_event(queue, computed)
         with ttnn.command_queue(queue):
             for tensor in (k, v):
                 self._send_tensor(tensor)
         # Outside the block: within one process the decode side acts on this at once, on queues of its own.
-        self._tell_of_layer(layer)
+        self._tell_when_computed(layer, computed)
 
     def _send_tensor(self, tensor: Any) -> None:
         self._send(tensor, self._socket)
@@ -100,6 +102,7 @@ class MeshSocketSender(RemoteSender):
         if self._overlap == "after":
             for kept in self._kept:
                 self._enqueue(*kept)
+        self._tell_of_layers()
         tile = to_device(self._mesh, metadata.tile(), ttnn.uint32, ttnn.TILE_LAYOUT)
         if self._overlap == "queue":
             ttnn.synchronize_device(self._mesh)
@@ -139,22 +142,23 @@ class MeshSocketReceiver(KVReceiver):
         self._socket, self._control, self._config, self._cache = socket, control, config, cache
         self._receive = ttnn.experimental.recv_direct_async if direct else ttnn.experimental.recv_async
         self._staging: list[Any] = []
-        self._slot, self._tokens = 0, 0
+        self._row: Any = None
+        self._tokens = 0
 
-    def accept(self, request: int, tokens: int, slot: int) -> None:
+    def accept(self, request: int, tokens: int, row: Any) -> None:
         self._begin(request)
-        self._slot, self._tokens = slot, tokens
+        self._row, self._tokens = row, tokens
         spec = layer_spec(self._config, self._mesh.get_num_devices(), tokens, self._cache.dtype)
         # One pair serves all layers: the queue empties it into the cache before it is written again.
         self._staging = [ttnn.allocate_tensor_on_device(spec, self._mesh) for _ in range(2)]
         self.stream.streaming()
-        self._control.send("ready", request=request, slot=slot)
+        self._control.send("ready", request=request)
 
     def receive_layer(self, layer: int) -> None:
         self.stream.layer(layer)
         for staging in self._staging:
             self._receive_tensor(staging)
-        self._cache.fill(layer, self._staging[0], self._staging[1], self._slot)
+        self._cache.fill(layer, self._staging[0], self._staging[1], self._row)
         self._events.append(ttnn.record_event(self._mesh, 0))
 
     def _receive_tensor(self, tensor: Any) -> None:

@@ -107,9 +107,11 @@ class StagedSender(RemoteSender):
     def announce(self, request: Request) -> None:
         super().announce(request)
         self._plan = self._layers.plan(request.id, len(request.tokens))
-        self._submit(self._wire.begin, self._plan)
 
     def send_layer(self, layer: int, k: Any, v: Any) -> None:
+        if self.stream.state is State.WAITING:
+            self._wait_until_ready()
+            self._submit(self._wire.begin, self._plan)
         self.stream.layer(layer)
         if self._overlap == "after":
             self._kept.append((layer, k, v))
@@ -122,8 +124,9 @@ class StagedSender(RemoteSender):
         staged = self._layers.staging(layer)
         for tensor, host in ((k, staged.k), (v, staged.v)):
             ttnn.copy_device_to_host_tensor(tensor, host, blocking=False)
-        self._submit(self._send, layer, ttnn.record_event(self._mesh, 0))
-        self._tell_of_layer(layer)
+        copied = ttnn.record_event(self._mesh, 0)
+        self._submit(self._send, layer, copied)
+        self._tell_when_computed(layer, copied)
 
     def _send(self, layer: int, copied: Any) -> None:
         ttnn.event_synchronize(copied)
@@ -141,6 +144,7 @@ class StagedSender(RemoteSender):
         for kept in self._kept:
             self._copy(*kept)
         self._kept.clear()
+        self._tell_of_layers()
         self._submit(self._finish)
         self._control.send("sent", request=self.stream.request, **asdict(times))
         self._control.send("metadata", **asdict(metadata))
@@ -201,16 +205,17 @@ class StagedReceiver(KVReceiver):
         self._layers = _Layers(mesh, config, cache.dtype, tokens, RECEIVE_DEPTH)
         wire.register([self._layers.memory])
         self._on_device: list[Any] = []
-        self._slot, self._tokens = 0, 0
+        self._row: Any = None
+        self._tokens = 0
 
-    def accept(self, request: int, tokens: int, slot: int) -> None:
+    def accept(self, request: int, tokens: int, row: Any) -> None:
         self._begin(request)
-        self._slot, self._tokens = slot, tokens
+        self._row, self._tokens = row, tokens
         plan, spec = self._layers.plan(request, tokens), self._layers.spec(tokens)
         # One pair serves all layers: the queue empties it into the cache before it is written again.
         self._on_device = [ttnn.allocate_tensor_on_device(spec, self._mesh) for _ in range(2)]
         self.stream.streaming()
-        self._control.send("ready", request=request, slot=slot)
+        self._control.send("ready", request=request)
         self._do(self._wire.begin, plan)
 
     def receive_layer(self, layer: int) -> None:
@@ -224,7 +229,7 @@ class StagedReceiver(KVReceiver):
             self.bytes_received += part.numel()
         for host, tensor in zip((staged.k, staged.v), self._on_device, strict=True):
             ttnn.copy_host_to_device_tensor(host, tensor)
-        self._cache.fill(layer, self._on_device[0], self._on_device[1], self._slot)
+        self._cache.fill(layer, self._on_device[0], self._on_device[1], self._row)
         self._events.append(ttnn.record_event(self._mesh, 0))
 
     def finish(self) -> Metadata:

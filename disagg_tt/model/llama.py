@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from disagg_tt.cache import PagedCache
+from disagg_tt.cache import BLOCK, PagedCache
 from disagg_tt.config import LlamaConfig
+from disagg_tt.core import whole_tiles
 from disagg_tt.device import ttnn
 from disagg_tt.device.host import host_tensor, to_device
 from disagg_tt.model.rope import cos_sin
@@ -21,6 +22,7 @@ from disagg_tt.model.weights import TILE, LayerWeights, Weights
 ROWS = 32  # decode computes one tile of rows, however many slots are in use
 
 OnLayer = Callable[[int, Any, Any], None]
+Attend = Callable[[int, Any, Any, Any], Any]  # layer, q, k, v -> attention, as q
 
 
 @dataclass
@@ -69,42 +71,64 @@ class Llama:
         `on_layer(i, k, v)` is called with [1, kv_heads / chips, padded tokens, head_dim] tensors of the cache's dtype.
         The logits of the last token are row (len(tokens) - 1) % 32.
         """
-        length = -(-len(tokens) // TILE) * TILE
+        size = 64 if len(tokens) < 2048 else 256
+
+        def attend(layer: int, q: Any, k: Any, v: Any) -> Any:
+            on_layer(layer, k, v)
+            return ttnn.transformer.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=self.scale, program_config=self._attention(size),
+                compute_kernel_config=self.precise,
+            )  # fmt: skip
+
+        return self._prefill(tokens, self._rope, attend)
+
+    def prefill_chunk(
+        self, tokens: list[int], start: int, cache: PagedCache, blocks: list[int], on_layer: OnLayer
+    ) -> Any:
+        """Run tokens start..start+len(tokens)-1 of a prompt whose earlier ones are in `cache`; return logits as `prefill`.
+
+        `blocks` are the sequence's, in token order, those of this chunk included; the chunk's K and V are written there.
+        `start` is a multiple of 32. `on_layer` is called as by `prefill`, with the chunk's K and V alone.
+        """
+        length = whole_tiles(len(tokens))
+        size = next(s for s in (64, 32) if start % s == 0)
+        row = cache.table_row(blocks)
+        own = cache.table_row(blocks[start // BLOCK : (start + length) // BLOCK])
+        rope = [
+            ttnn.slice(table, [0, 0, start, 0], [1, 1, start + length, self.config.head_dim])
+            for table in self._rope
+        ]
+
+        def attend(layer: int, q: Any, k: Any, v: Any) -> Any:
+            on_layer(layer, k, v)
+            cache.fill(layer, k, v, own)
+            return ttnn.transformer.chunked_scaled_dot_product_attention(
+                q, *cache.layers[layer], row, start, scale=self.scale, program_config=self._attention(size),
+                compute_kernel_config=self.precise,
+            )  # fmt: skip
+
+        return self._prefill(tokens, rope, attend)
+
+    def _prefill(self, tokens: list[int], rope: list[Any], attend: Attend) -> Any:
+        length = whole_tiles(len(tokens))
         ids = torch.zeros(1, 1, 1, length, dtype=torch.int64)
         ids[..., : len(tokens)] = torch.tensor(tokens)
         x = self._embed(to_device(self.mesh, ids, ttnn.uint32), length)
         for i, layer in enumerate(self.weights.layers):
-            x = self._prefill_layer(i, layer, x, length, on_layer)
+            x = self._prefill_layer(i, layer, x, rope, attend)
         last = ttnn.slice(x, [0, 0, length - TILE, 0], [1, 1, length, self.config.hidden_size])
         return self._head(last)
 
-    def _prefill_layer(self, i: int, w: LayerWeights, x: Any, length: int, on_layer: OnLayer) -> Any:
+    def _prefill_layer(self, i: int, w: LayerWeights, x: Any, rope: list[Any], attend: Attend) -> Any:
         qkv = self._matmul_wide(self._norm(x, w.attention_norm), w.wqkv)
         q, k, v = ttnn.experimental.nlp_create_qkv_heads(
             qkv, num_heads=self.heads, num_kv_heads=self.kv_heads, transpose_k_heads=False
         )
-        cos, sin = self._rope
-        q = ttnn.experimental.rotary_embedding_hf(q, cos, sin, is_decode_mode=False)
-        k = ttnn.experimental.rotary_embedding_hf(k, cos, sin, is_decode_mode=False)
+        q = ttnn.experimental.rotary_embedding_hf(q, *rope, is_decode_mode=False)
+        k = ttnn.experimental.rotary_embedding_hf(k, *rope, is_decode_mode=False)
         if self.kv_dtype != ttnn.bfloat16:
             k, v = ttnn.typecast(k, self.kv_dtype), ttnn.typecast(v, self.kv_dtype)
-        on_layer(i, k, v)
-        chunk = 64 if length < 2048 else 256
-        attention = ttnn.transformer.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            is_causal=True,
-            scale=self.scale,
-            program_config=ttnn.SDPAProgramConfig(
-                compute_with_storage_grid_size=self.grid,
-                q_chunk_size=chunk,
-                k_chunk_size=chunk,
-                exp_approx_mode=False,
-            ),
-            compute_kernel_config=self.precise,
-        )
-        attention = ttnn.experimental.nlp_concat_heads(attention)
+        attention = ttnn.experimental.nlp_concat_heads(attend(i, q, k, v))
         x = ttnn.add(x, self._reduce(self._matmul_wide(attention, w.wo)))
         h = self._norm(x, w.mlp_norm)
         gate, up = self._matmul_wide(h, w.w1), self._matmul_wide(h, w.w3)
@@ -184,7 +208,7 @@ class Llama:
             page_table_tensor=pages,
             cur_pos_tensor=positions,
             scale=self.scale,
-            program_config=self._decode_attention,
+            program_config=self._attention(32),
             compute_kernel_config=self.precise,
             memory_config=ttnn.DRAM_MEMORY_CONFIG,
         )
@@ -203,10 +227,12 @@ class Llama:
             a, b, dtype=ttnn.bfloat16, memory_config=memory, compute_kernel_config=self.precise
         )
 
-    @property
-    def _decode_attention(self) -> Any:
+    def _attention(self, chunk: int) -> Any:
         return ttnn.SDPAProgramConfig(
-            compute_with_storage_grid_size=self.grid, q_chunk_size=32, k_chunk_size=32, exp_approx_mode=False
+            compute_with_storage_grid_size=self.grid,
+            q_chunk_size=chunk,
+            k_chunk_size=chunk,
+            exp_approx_mode=False,
         )
 
     def _one_slot_a_core(self, slots: int) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from disagg_tt.tokens import Sampling
+from disagg_tt.tokens import Logprob, Sampling
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,6 @@ class Generation:
     eos_token_ids: frozenset[int] = frozenset()
     conversation: str | None = None
     arrived_at: float = 0.0
-
-
-@dataclass(frozen=True)
-class Logprob:
-    """A token's log-probability under the model, before temperature, top-k and top-p; and the likeliest alternatives."""
-
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def test_messages_arrive_in_order_both_ways(pair):
 
 def test_a_wrong_message_is_not_sent(pair):
     with pytest.raises(StreamError, match="slot is -1"):
-        pair[0].send("ready", request=1, slot=-1)
+        pair[0].send("ready", request=-1)
     with pytest.raises(StreamError, match=f"allowed are {MAX_BYTES}"):
         pair[0].send("failed", reason="a" * MAX_BYTES)
     pair[0].send("busy")
@@ -207,7 +207,7 @@ def test_within_one_process_a_message_is_handled_at_once_or_waits():
     one.send("bye")
     assert seen == [{"kind": "bye"}]
     with pytest.raises(StreamError):
-        one.send("ready", request="1", slot=0)
+        one.send("ready", request="1")
 
 
 def test_closing_leaves_no_socket_behind(pair):

@@ -23,7 +23,7 @@ from disagg_tt.kv_stream.tcp import TcpReceiver, TcpSender
 
 LAYERS = SEND_DEPTH + 2  # so that the ring of layer buffers goes round
 CONFIG = tiny_config(num_hidden_layers=LAYERS, num_key_value_heads=4, head_dim=64)
-CHIPS, PAGES, SLOT = 2, 8, 1
+CHIPS, PAGES = 2, 8
 TILE_BYTES = {"bfloat8_b": 1088, "bfloat16": 2048}
 TIMES = PrefillTimes(0.0, 0.0, 0.0)
 DEADLINE = 5.0
@@ -84,7 +84,7 @@ class Stream:
             wires = TcpSender("127.0.0.1", receiving.port, token="test", deadline_s=deadline), receiving
         self.wires = wires
         self.cache = PagedCache(there, CONFIG, 2, PAGES, 2 * PAGES, self.dtype)
-        self.cache.assign(SLOT, list(range(PAGES, 2 * PAGES)))
+        self.row = self.cache.table_row(list(range(PAGES, 2 * PAGES)))
         most = PAGES * 32
         self.sender = StagedSender(
             self.mesh, wires[0], self.ours, CONFIG, self.dtype, most, overlap=overlap, deadline_s=deadline
@@ -102,7 +102,7 @@ class Stream:
             while True:
                 message = self.theirs.receive(DEADLINE, "the next message")
                 if message["kind"] == "announce":
-                    self.receiver.accept(message["request"], message["tokens"], SLOT)
+                    self.receiver.accept(message["request"], message["tokens"], self.row)
                 elif message["kind"] == "layer":
                     self.receiver.receive_layer(message["layer"])
                 elif message["kind"] == "sent":

@@ -22,7 +22,7 @@ from disagg_tt.kv_stream.mesh_socket import MeshSocketReceiver, MeshSocketSender
 from disagg_tt.rank import answer_here
 
 CONFIG = tiny_config(num_hidden_layers=3, num_key_value_heads=4, head_dim=64)
-CHIPS, PAGES, SLOT = 2, 32, 1
+CHIPS, PAGES = 2, 32
 TILE_BYTES = {"bfloat8_b": 1088, "bfloat16": 2048}
 TIMES = PrefillTimes(0.0, 0.0, 0.0)
 
@@ -38,7 +38,7 @@ class Stream:
         ours, theirs = LocalControl.pair()
         ends = ttnn.create_socket_pair(self.mesh, there, socket_config(1, CHIPS))
         self.cache = PagedCache(there, CONFIG, 2, PAGES, 2 * PAGES, self.dtype)
-        self.cache.assign(SLOT, list(range(PAGES, 2 * PAGES)))
+        self.row = self.cache.table_row(list(range(PAGES, 2 * PAGES)))
         settings = {"overlap": overlap, "direct": direct, "deadline_s": 5.0}
         self.sender = MeshSocketSender(self.mesh, ends[0], ours, CONFIG.num_hidden_layers, **settings)
         taken = direct if receives_direct is None else receives_direct
@@ -48,7 +48,7 @@ class Stream:
 
     def handle(self, message: Message) -> None:
         if message["kind"] == "announce":
-            self.receiver.accept(message["request"], message["tokens"], SLOT)
+            self.receiver.accept(message["request"], message["tokens"], self.row)
         elif message["kind"] == "layer":
             self.receiver.receive_layer(message["layer"])
         elif message["kind"] == "sent":

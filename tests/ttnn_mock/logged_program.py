@@ -51,13 +51,15 @@ def prefill(model: Llama, cache: PagedCache, tokens: int, sockets: Any, direct: 
     heads, dim = model.kv_heads, model.config.head_dim
     spec = ttnn.TensorSpec(ttnn.Shape([1, heads, whole_tiles(tokens), dim]), model.kv_dtype, ttnn.TILE_LAYOUT)
     staging = [ttnn.allocate_tensor_on_device(spec, cache.mesh) for _ in range(2)]
-    cache.assign(0, list(range(-(-tokens // BLOCK))))
+    blocks = list(range(-(-tokens // BLOCK)))
+    cache.assign(0, blocks)
+    row = cache.table_row(blocks)
 
     def on_layer(layer: int, k: Any, v: Any) -> None:
         for tensor, target in zip((k, v), staging, strict=True):
             send(tensor, sender)
             receive(target, receiver)
-        cache.fill(layer, *staging, 0)
+        cache.fill(layer, *staging, row)
 
     logits = model.prefill(list(range(tokens)), on_layer)
     read(model.greedy(logits), lambda: torch.zeros(1, ROWS, dtype=torch.int64))
