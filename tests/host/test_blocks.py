@@ -153,7 +153,7 @@ def test_calls_that_break_the_rules_are_refused():
 class Pool(RuleBasedStateMachine):
     """A BlockPool beside a model that remembers what was really written to each block."""
 
-    @initialize(blocks=st.integers(1, 12))
+    @initialize(blocks=st.integers(1, 8))
     def start(self, blocks):
         self.pool = BlockPool(blocks)
         self.content: dict[int, str | None] = {}  # block: the text up to and with it; None: half written
@@ -169,7 +169,7 @@ class Pool(RuleBasedStateMachine):
         count = next(n for n in reversed(lengths) if all(text[: i + 1] in self.findable for i in range(n)))
         return [self.findable[text[: i + 1]] for i in range(count)]
 
-    @rule(text=st.text("ab", max_size=5), more=st.integers(0, 4))
+    @rule(text=st.text("ab", max_size=5), more=st.integers(0, 6))
     def reserve(self, text, more):
         found, total = self.prefix(text), len(text) + more
         free = self.pool.blocks - len(self.idle) - len({b for _, blocks, _ in self.requests for b in blocks})
