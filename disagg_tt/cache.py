@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
+from disagg_tt.blocks import BLOCK as BLOCK  # users of the cache find it here
 from disagg_tt.config import LlamaConfig
 from disagg_tt.device import ttnn
 from disagg_tt.device.host import host_tensor, to_device, zeros
-
-BLOCK = 32
 
 
 class PagedCache:
