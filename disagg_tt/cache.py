@@ -22,6 +22,7 @@ class PagedCache:
     ):
         """Allocate zeroed pools of `blocks` blocks a layer and a page table for `slots` x `blocks_per_slot`."""
         self.mesh, self.slots, self.blocks_per_slot, self.dtype = mesh, slots, blocks_per_slot, dtype
+        self.blocks = blocks
         shape = [blocks, config.num_key_value_heads // mesh.get_num_devices(), BLOCK, config.head_dim]
         self.layers = tuple(
             (zeros(mesh, shape, dtype), zeros(mesh, shape, dtype)) for _ in range(config.num_hidden_layers)

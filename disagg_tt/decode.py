@@ -23,7 +23,7 @@ from disagg_tt.device.host import read
 from disagg_tt.errors import StreamError
 from disagg_tt.model.llama import ROWS, Llama
 from disagg_tt.perf import Timeline
-from disagg_tt.tokens import Logprob, Sampling, TextStream, logprob, sample
+from disagg_tt.tokens import Choice, Sampling, TextStream, choose
 
 
 @dataclass
@@ -42,14 +42,6 @@ class Row:
     def on_device(self) -> bool:
         """Whether the device chooses the next token, so that it need not leave it."""
         return self.sampling.greedy and self.logprobs is None
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The token that a step chose for a slot, with its log-probability if that was asked for."""
-
-    token: int
-    logprob: Logprob | None = None
 
 
 class Batch:
@@ -130,12 +122,6 @@ class Batch:
         if self._trace is not None:
             ttnn.release_trace(self.model.mesh, self._trace)
             self._trace = None
-
-
-def choose(logits: torch.Tensor, sampling: Sampling, position: int, logprobs: int | None) -> Choice:
-    """Choose the token for `position` from `logits` [vocabulary] float32, and its log-probability if asked for."""
-    token = sample(logits, sampling, position)
-    return Choice(token, None if logprobs is None else logprob(logits, token, logprobs))
 
 
 @dataclass

@@ -16,18 +16,13 @@ from typing import Any
 
 from loguru import logger
 
-from disagg_tt.cache import PagedCache
 from disagg_tt.core import DECODE, PREFILL, Answer, Request, whole_tiles
 from disagg_tt.decode import Decode
 from disagg_tt.decode_server import DecodeServer
-from disagg_tt.device import features, ttnn
+from disagg_tt.device import features
 from disagg_tt.device.mesh import close_mesh, open_mesh
-from disagg_tt.kv_stream.base import KVReceiver, RemoteSender
 from disagg_tt.kv_stream.control import Control, Message, clock_offset, expect
 from disagg_tt.kv_stream.local import LocalSender
-from disagg_tt.kv_stream.mesh_socket import MeshSocketReceiver, MeshSocketSender
-from disagg_tt.kv_stream.staged import StagedReceiver, StagedSender
-from disagg_tt.kv_stream.wire import WireReceiver, WireSender
 from disagg_tt.link import Link, exchange_hellos
 from disagg_tt.perf import Timeline
 from disagg_tt.prefill import Prefill
@@ -104,8 +99,7 @@ def serve_prefill(
     """Prefill and stream all `requests`; return a function that waits for their answers."""
     control, o = link.control, run.options
     model = run.load_model(link.mesh, PREFILL, run.tokens_a_slot(requests), lambda: control.send("busy"))
-    sender = _sender(run, link, run.tokens_a_slot(requests))
-    link.stream = sender
+    sender = link.sender(run, run.tokens_a_slot(requests))
     prefill = Prefill(model, sender, run.sampling, timeline, run.watchdog.guard)
     _warm_up_prefill(run, prefill, requests, lambda: control.send("busy"))
     sent: dict[int, int] = {}
@@ -124,28 +118,6 @@ def serve_prefill(
         return [found[r.id] for r in requests]
 
     return answers
-
-
-def _sender(run: Run, link: Link, tokens: int) -> RemoteSender:
-    """Return the prefill end of the stream, for prompts of up to `tokens` tokens: over the link's wire, or its socket."""
-    mesh, control, o = link.mesh, link.control, run.options
-    if isinstance(link.wire, WireSender):
-        dtype = getattr(ttnn, o.kv_dtype)
-        return StagedSender(
-            mesh, link.wire, control, run.config, dtype, tokens, overlap=o.overlap, deadline_s=o.deadline_s
-        )
-    layers = run.config.num_hidden_layers
-    return MeshSocketSender(
-        mesh, link.socket, control, layers, overlap=o.overlap, direct=o.direct, deadline_s=o.deadline_s
-    )
-
-
-def _receiver(run: Run, link: Link, cache: PagedCache, tokens: int) -> KVReceiver:
-    """Return the decode end of the stream, which fills `cache`."""
-    mesh, control, o = link.mesh, link.control, run.options
-    if isinstance(link.wire, WireReceiver):
-        return StagedReceiver(mesh, link.wire, control, run.config, cache, tokens, deadline_s=o.deadline_s)
-    return MeshSocketReceiver(mesh, link.socket, control, run.config, cache, direct=o.direct)
 
 
 def _warm_up_prefill(
@@ -177,7 +149,7 @@ def decode_server(run: Run, link: Link, hello: Message, offset: float, timeline:
     decode = Decode(model, cache, run.sampling, timeline, run.options.enable_trace)
     decode.warm_up()
     control.send("busy")
-    link.stream = receiver = _receiver(run, link, cache, hello["tokens"])
+    receiver = link.receiver(run, cache, hello["tokens"])
     return DecodeServer(run, link, decode, receiver, offset, timeline)
 
 

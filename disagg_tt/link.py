@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from disagg_tt.cache import PagedCache
 from disagg_tt.config import Options
 from disagg_tt.core import DECODE, PREFILL, Request
 from disagg_tt.device import ttnn
 from disagg_tt.device.mesh import close_mesh, open_mesh, open_two
 from disagg_tt.errors import CheckpointError, StreamError
-from disagg_tt.kv_stream.base import KVReceiver, KVSender
+from disagg_tt.kv_stream.base import KVReceiver, KVSender, RemoteSender
 from disagg_tt.kv_stream.control import Control, LocalControl, Message, connect_ranks, expect
-from disagg_tt.kv_stream.mesh_socket import socket_config
+from disagg_tt.kv_stream.mesh_socket import MeshSocketReceiver, MeshSocketSender, socket_config
 from disagg_tt.kv_stream.programs import connect_programs
+from disagg_tt.kv_stream.staged import StagedReceiver, StagedSender
+from disagg_tt.kv_stream.wire import WireReceiver, WireSender
 from disagg_tt.kv_stream.wires import Wire, open_receiver, open_sender
 from disagg_tt.model import weights
 from disagg_tt.run import Run
@@ -49,7 +52,7 @@ class Link:
         socket = None
         if sockets:
             sender, receiver = (me, peer) if role == PREFILL else (peer, me)
-            socket = ttnn.MeshSocket(mesh, socket_config(*_as_row(shape), sender=sender, receiver=receiver))
+            socket = ttnn.MeshSocket(mesh, socket_config(*as_row(shape), sender=sender, receiver=receiver))
         ttnn.distributed_context_barrier()
         other = DECODE if role == PREFILL else PREFILL
         control = connect_ranks(ttnn, me=me, peer=peer, peer_role=other, bind=role == PREFILL)
@@ -80,6 +83,32 @@ class Link:
         if self.socket is None:
             self.wire = (open_sender if role == PREFILL else open_receiver)(o, self.control, peer)
 
+    def sender(self, run: Run, tokens: int) -> RemoteSender:
+        """Return the prefill end of the stream, for prompts of up to `tokens` tokens: over the wire, or the socket."""
+        o, dtype, layers = run.options, getattr(ttnn, run.options.kv_dtype), run.config.num_hidden_layers
+        if isinstance(self.wire, WireSender):
+            self.stream = sender = StagedSender(
+                self.mesh, self.wire, self.control, run.config, dtype, tokens, overlap=o.overlap, deadline_s=o.deadline_s
+            )  # fmt: skip
+            return sender
+        self.stream = socket_sender = MeshSocketSender(
+            self.mesh, self.socket, self.control, layers, overlap=o.overlap, direct=o.direct, deadline_s=o.deadline_s
+        )  # fmt: skip
+        return socket_sender
+
+    def receiver(self, run: Run, cache: PagedCache, tokens: int) -> KVReceiver:
+        """Return the decode end of the stream, which fills `cache`."""
+        o = run.options
+        if isinstance(self.wire, WireReceiver):
+            self.stream = StagedReceiver(
+                self.mesh, self.wire, self.control, run.config, cache, tokens, deadline_s=o.deadline_s
+            )
+        else:
+            self.stream = MeshSocketReceiver(
+                self.mesh, self.socket, self.control, run.config, cache, direct=o.direct
+            )
+        return self.stream
+
     def close_stream(self) -> None:
         """Close this rank's end of the stream and the wire, in any state."""
         for part in (self.stream, self.wire):
@@ -98,7 +127,8 @@ class Link:
             close_mesh(self.opened)
 
 
-def _as_row(shape: tuple[int, int]) -> tuple[int, int]:
+def as_row(shape: tuple[int, int]) -> tuple[int, int]:
+    """Return the shape that open_mesh gives a mesh of `shape` chips."""
     return (1, shape[0] * shape[1]) if min(shape) > 1 else shape
 
 

@@ -2,7 +2,7 @@
 
 1. announce the request; the decode side reserves a slot          sender.announce
 2. run the layers; each layer's K and V leave when they exist     model.prefill, sender.send_layer
-3. take the first token from the last row of the logits           _first_token
+3. take the first token from the last row of the logits           first_token
 4. send the metadata: length and first token, in integers         sender.finish
 """
 
@@ -21,10 +21,21 @@ from disagg_tt.device.host import read
 from disagg_tt.kv_stream.base import KVSender, Metadata, PrefillTimes
 from disagg_tt.model.llama import Llama
 from disagg_tt.perf import Timeline
-from disagg_tt.tokens import Sampling, sample
+from disagg_tt.tokens import Choice, Sampling, choose
 
 FirstToken = Callable[[int], None]
 Guard = Callable[[str], AbstractContextManager[Any]]
+
+
+def first_token(
+    model: Llama, logits: Any, length: int, sampling: Sampling, logprobs: int | None = None
+) -> Choice:
+    """Choose the token after a prompt of `length` tokens from the logits of its last tile, waiting for them."""
+    row = (length - 1) % TILE
+    if sampling.greedy and logprobs is None:
+        return Choice(int(read(model.greedy(logits), lambda: torch.zeros(1, TILE))[0, row]))
+    values = read(logits, lambda: torch.zeros(1, 1, TILE, model.config.vocab_size))
+    return choose(values[0, 0, row].float(), sampling, length, logprobs)
 
 
 class Prefill:
@@ -53,7 +64,7 @@ class Prefill:
         started = time.monotonic()
         logits = self.model.prefill(list(request.tokens), self.sender.send_layer)
         with self._guard(f"the first token of request {request.id}"):  # behind the sends of its layers
-            token = self._first_token(logits, len(request.tokens))
+            token = first_token(self.model, logits, len(request.tokens), self.sampling).token
         computed = time.monotonic()
         on_first_token(token)
         self.timeline.add("prefill", started, computed, request=request.id, tokens=len(request.tokens))
@@ -62,13 +73,6 @@ class Prefill:
         with self._guard(what), self.timeline.span("send the rest", request=request.id):
             self.sender.finish(metadata, PrefillTimes(called, started, computed))
         return self.sender.bytes_sent
-
-    def _first_token(self, logits: Any, length: int) -> int:
-        row = (length - 1) % TILE
-        if self.sampling.greedy:
-            return int(read(self.model.greedy(logits), lambda: torch.zeros(1, TILE))[0, row])
-        values = read(logits, lambda: torch.zeros(1, 1, TILE, self.model.config.vocab_size))
-        return sample(values[0, 0, row].float(), self.sampling, length)
 
     def warm_up(self, length: int) -> None:
         """Compile the programs of a prompt of `length` tokens; sends nothing."""

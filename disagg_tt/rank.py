@@ -115,15 +115,18 @@ def _answers(options: Options, seat: Seat) -> list[dict[str, Any]]:
     return [vars(answer) for answer in answers]
 
 
-def be_rank(work: Callable[[Seat], None], deadline_s: float, show: Callable[[Event], None]) -> int:
+def be_rank(
+    work: Callable[[Seat], None], deadline_s: float, show: Callable[[Event], None], *, pair: bool = True
+) -> int:
     """Do `work` as one rank of a job that MPI started and return its exit code.
 
-    What `work` raises is reported, and so is, before anything else, a job that is not of two ranks or a role that is none.
+    What `work` raises is reported, and so is, before anything else, a role that is none or, for a `pair`, a job that is not
+    of two ranks.
     Events go to the launcher, or to `show` where there is none.
     """
     rank = job_rank()
     try:
-        role = _checked_role(rank)
+        role = _checked_role(rank, pair)
     except RankBindingError as error:
         print(f"disagg-tt: {error}", file=sys.stderr)
         return error.exit_code
@@ -156,8 +159,8 @@ def _be(
     os._exit(code)
 
 
-def _checked_role(rank: int) -> str:
-    if job_size() != 2:
+def _checked_role(rank: int, pair: bool) -> str:
+    if pair and job_size() != 2:
         raise RankBindingError(
             f"this job has {job_size()} {'rank' if job_size() == 1 else 'ranks'}; one prefill and one decode rank are "
             "needed: start it with tt-run and a rank binding of two ranks, such as rank_bindings/n300x2_1p1d.yaml"

@@ -108,6 +108,21 @@ def logprob(logits: torch.Tensor, token: int, alternatives: int) -> Logprob:
     return Logprob(float(values[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A token that was chosen, with its log-probability if that was asked for."""
+
+    token: int
+    logprob: Logprob | None = None
+
+
+def choose(logits: torch.Tensor, sampling: Sampling, position: int, logprobs: int | None) -> Choice:
+    """Choose the token for `position` from `logits` [vocabulary] float32; `logprobs` alternatives are reported, None: no
+    log-probability at all."""
+    token = sample(logits, sampling, position)
+    return Choice(token, None if logprobs is None else logprob(logits, token, logprobs))
+
+
 class Decoder(Protocol):
     """What `TextStream` needs of a tokenizer."""
 

@@ -207,6 +207,11 @@ class ZmqControl:
             raise PeerError(f"the {self._peer} rank died or hangs: its control connection is lost")
         return None
 
+    @property
+    def sockets(self) -> list[Any]:
+        """What to poll, for reading, to learn that `poll` has something to return or raise."""
+        return [self._socket, self._monitor]
+
     def close(self) -> None:
         """Deliver what was sent, for at most 1 s, and close; a second call does nothing."""
         if self._context.closed:

@@ -43,7 +43,8 @@ class Sequence:
 
     tokens: the prompt, and what was generated after it. cached: the prompt's tokens found in cache, whole blocks.
     computed: tokens whose K and V are here and valid; `tokens[computed]` is the next to be fed. blocks: in token order,
-    the cached ones first. deadline: when it must be running, s of the rank's clock. sampling: the engine's, not read here.
+    the cached ones first. most_cached: tokens of cache that may be used. deadline: when it must be running, s of the rank's
+    clock. sampling: the engine's, not read here.
     """
 
     id: str
@@ -51,6 +52,7 @@ class Sequence:
     max_new_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
     sampling: Any = None
+    most_cached: float = float("inf")
     deadline: float = float("inf")
     state: State = State.WAITING
     slot: int = -1
@@ -164,7 +166,7 @@ class Scheduler:
         while self.waiting and len(self.admitted) < self.slots:
             head = self.waiting[0]
             # at least one token of the prompt is computed: its logits give the first new one
-            reusable = head.hashes[: (head.prompt_tokens - 1) // BLOCK]
+            reusable = head.hashes[: int(min(head.prompt_tokens - 1, head.most_cached)) // BLOCK]
             reserved = self.pool.reserve(reusable, head.blocks_needed)
             if reserved is None:
                 break
@@ -227,11 +229,14 @@ class Scheduler:
             )
         self._complete(sequence, chunk.count)
 
-    def received(self, sequence: Sequence) -> None:
-        """Every layer of its prompt is in the cache and was found whole. `start` follows."""
-        if sequence.state is not State.RECEIVING:
-            raise ValueError(f"request {sequence.id} is {sequence.state.value}, not receiving")
-        self._complete(sequence, sequence.prompt_tokens - sequence.computed)
+    def received(self, sequence: Sequence, tokens: int) -> None:
+        """Every layer of the prompt's next `tokens` tokens is in the cache, found whole. With the last, `start` follows."""
+        if sequence.state is not State.RECEIVING or sequence.computed + tokens > sequence.prompt_tokens:
+            raise ValueError(
+                f"request {sequence.id} is {sequence.state.value}, {sequence.computed} of {sequence.prompt_tokens} tokens "
+                f"are here; {tokens} more cannot be"
+            )
+        self._complete(sequence, tokens)
 
     def start(self, sequence: Sequence, token: int) -> str | None:
         """Run it, its prompt being in the cache, after its first token; return as `advance` does."""

@@ -30,7 +30,7 @@ def running(sched: Scheduler, name: str, **more) -> Sequence:
     sched.add(wanted)
     assert wanted in sched.admit()
     sched.receive(wanted)
-    sched.received(wanted)
+    sched.received(wanted, wanted.prompt_tokens - wanted.computed)
     assert sched.start(wanted, 7) is None
     return wanted
 
@@ -316,7 +316,7 @@ class Rank(RuleBasedStateMachine):
             if self.arrived[seq] == 3:
                 del self.arrived[seq]
                 self.written(seq, seq.cached, seq.prompt_tokens)
-                self.sched.received(seq)
+                self.sched.received(seq, seq.prompt_tokens - seq.computed)
                 self.sched.start(seq, token)
         if step.chunk:
             seq, end = step.chunk.sequence, step.chunk.first + step.chunk.count

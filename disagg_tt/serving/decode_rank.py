@@ -1,0 +1,356 @@
+"""A decode rank: slots that requests join and leave at any step, filled from prefill ranks or by computing here.
+
+1. a prompt comes: it waits for a slot and its blocks, and what is cached of it is found        handle, scheduler.admit
+2. the hub says where the rest comes from: a prefill rank streams it, or it is computed here    handle
+3. between decode steps, arrived layers are taken, or a piece of a prompt is computed           step
+4. with the whole prompt in the cache and its first token known, it joins the batch             _start
+5. each step's tokens go to the hub; who has ended leaves, its full blocks stay to be found     _decode
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from disagg_tt.blocks import BLOCK, BlockPool
+from disagg_tt.cache import PagedCache
+from disagg_tt.core import DECODE
+from disagg_tt.decode import Batch, Row
+from disagg_tt.device import ttnn
+from disagg_tt.errors import PeerError, StreamError
+from disagg_tt.kv_stream.base import KVReceiver
+from disagg_tt.kv_stream.control import Message as LinkMessage
+from disagg_tt.link import Link
+from disagg_tt.model.llama import Llama
+from disagg_tt.perf import transfer_times
+from disagg_tt.prefill import first_token
+from disagg_tt.run import Run
+from disagg_tt.serving.connection import Connection
+from disagg_tt.serving.prefill_rank import CHUNK
+from disagg_tt.serving.protocol import First, Landed, Message, Prefill, Reserve, Reserved, Token, Tokens
+from disagg_tt.serving.rank import Rank, as_message, sequence_of
+from disagg_tt.serving.scheduler import Chunk, Scheduler, Sequence, State
+
+
+@dataclass
+class _Inlet:
+    """A link from a prefill rank, and the chunk that comes over it. `pending`: layers told of, and the chunk's end."""
+
+    peer: str
+    link: Link
+    receiver: KVReceiver
+    offset: float  # the prefill rank's clock minus this one's, s
+    pending: deque[LinkMessage] = field(default_factory=deque)
+    sequence: Sequence | None = None
+    tokens: int = 0
+    sent: list[float] = field(default_factory=list)  # when each layer was, s of this rank's clock
+
+    @property
+    def layers(self) -> int:
+        return sum(message["kind"] == "layer" for message in self.pending)
+
+
+@dataclass
+class _Journey:
+    """What is known of a request besides its sequence: when it came, and what its transfer cost so far (ms, bytes)."""
+
+    number: int
+    came_at: float
+    started_at: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+    hidden_ms: float = 0.0
+    exposed_ms: float = 0.0
+    computed_at: float = 0.0  # the prefill's end, s of this rank's clock
+
+
+class DecodeRank(Rank):
+    """One decode rank, with a link from each prefill rank."""
+
+    role = DECODE  # type: ignore[assignment]
+
+    def __init__(
+        self, model: Llama, cache: PagedCache, run: Run, hub: Connection, *, prefix_caching: bool = True
+    ):
+        """Without `prefix_caching` nothing that was computed for one request serves another."""
+        super().__init__(model, cache, run, hub, Scheduler(cache.slots, BlockPool(cache.blocks), chunk=CHUNK))
+        self._prefix_caching = prefix_caching
+        self.batch = Batch(model, cache, run.options.enable_trace)
+        self._inlets: dict[str, _Inlet] = {}
+        self._journeys: dict[Sequence, _Journey] = {}
+        self._doomed: set[Sequence] = set()  # cancelled while a chunk of theirs comes in: freed at its end
+        self._landing: list[Sequence] = []  # whose handover ends with the next step
+
+    def add_link(self, peer: str, link: Link, offset: float) -> None:
+        """Let `peer` stream prompts here."""
+        receiver = link.receiver(self.run, self.cache, CHUNK)
+        self._inlets[peer] = _Inlet(peer, link, receiver, offset)
+
+    def warm_up(self) -> None:
+        """Compile a step's and a chunk's programs; what they write no prompt finds."""
+        self.batch.warm_up()
+        blocks = [0] * (CHUNK // BLOCK)
+        logits = self.model.prefill_chunk([0] * CHUNK, 0, self.cache, blocks, lambda layer, k, v: None)
+        self.model.greedy(logits)
+
+    # ---------------------------------------------------------------- messages
+
+    def handle(self, message: Message) -> None:
+        if isinstance(message, Reserve):
+            wanted = message.wanted
+            most = float("inf") if self._prefix_caching else 0
+            sequence = sequence_of(wanted, wanted.max_new_tokens, most)
+            if self.queue(sequence, wanted.number):
+                self._journeys[sequence] = _Journey(wanted.number, time.monotonic())
+                self._admit()
+        elif isinstance(message, Prefill):
+            found = self.scheduler.get(str(message.number))
+            if found is None:
+                return  # cancelled meanwhile
+            if message.decode:
+                self.scheduler.receive(found)
+            else:
+                self.scheduler.prefill(found)
+                self._journeys[found].started_at = time.monotonic()
+        else:
+            raise StreamError(f"a decode rank got {message!r:.200}")
+
+    def cancel(self, number: int) -> None:
+        sequence = self.scheduler.get(str(number))
+        if sequence is None or sequence in self._doomed:
+            return
+        if any(inlet.sequence is sequence for inlet in self._inlets.values()):
+            self._doomed.add(sequence)
+        else:
+            self._free(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        if sequence.slot in self.batch.rows and sequence.state is State.RUNNING:
+            self.batch.leave(sequence.slot)
+        self.scheduler.finish(sequence)
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        del self._journeys[sequence]
+        self._doomed.discard(sequence)
+        if sequence in self._landing:
+            self._landing.remove(sequence)
+
+    def _admit(self) -> None:
+        for sequence in self.scheduler.admit():
+            self.cache.assign(sequence.slot, sequence.blocks)
+            journey = self._journeys[sequence]
+            waited = (time.monotonic() - journey.came_at) * 1e3
+            self.hub.send(Reserved(number=journey.number, cached=sequence.cached, waited_ms=waited))
+
+    # ---------------------------------------------------------------- links
+
+    def link_sockets(self) -> list[Any]:
+        return [socket for inlet in self._inlets.values() for socket in inlet.link.control.sockets]  # type: ignore[attr-defined]
+
+    def take_links(self) -> None:
+        for inlet in list(self._inlets.values()):
+            try:
+                self._take_link(inlet)
+            except (PeerError, StreamError) as error:
+                self._lose_link(inlet, error)
+
+    def _take_link(self, inlet: _Inlet) -> None:
+        """Take the messages up to a chunk's end: what follows that on the channel is the stream's own."""
+        while not (inlet.pending and inlet.pending[-1]["kind"] == "sent"):
+            message = inlet.link.control.poll()
+            if message is None:
+                return
+            if message["kind"] == "announce":
+                self._accept(inlet, message["request"], message["tokens"])
+            elif message["kind"] in ("layer", "sent"):
+                if inlet.sequence is None or message["request"] != self._journeys[inlet.sequence].number:
+                    raise StreamError(
+                        f"{inlet.peer} sends a {message['kind']!r} of request {message['request']} unannounced"
+                    )
+                inlet.pending.append(message)
+            elif message["kind"] != "busy":
+                raise StreamError(f"{inlet.peer} sends a {message['kind']!r} message, which it may not")
+
+    def _accept(self, inlet: _Inlet, number: int, tokens: int) -> None:
+        if inlet.sequence is not None:
+            raise StreamError(f"{inlet.peer} announces request {number} while another is streaming")
+        sequence = self.scheduler.get(str(number))
+        if sequence is None or sequence.state is not State.RECEIVING:
+            inlet.link.control.send("refused", request=number, reason="it was cancelled, or never asked for")
+            return
+        left = sequence.prompt_tokens - sequence.computed
+        if not 0 < tokens <= min(left, CHUNK) or (tokens < left and tokens % BLOCK):
+            raise StreamError(
+                f"{inlet.peer} announces {tokens} tokens of request {number}; {left} are left to come"
+            )
+        first = sequence.computed // BLOCK
+        blocks = sequence.blocks[first : first + -(-tokens // BLOCK)]
+        inlet.sequence, inlet.tokens, inlet.sent = sequence, tokens, []
+        inlet.receiver.accept(number, tokens, self.cache.table_row(blocks))
+
+    def _take_layers(self, most: int) -> None:
+        """Put up to `most` arrived layers, and every chunk whose last one they are, into the cache."""
+        for inlet in list(self._inlets.values()):
+            try:
+                while inlet.pending and (most > 0 or inlet.pending[0]["kind"] == "sent"):
+                    message = inlet.pending.popleft()
+                    if message["kind"] == "sent":
+                        self._end_chunk(inlet, message)
+                    else:
+                        inlet.sent.append(message["at"] - inlet.offset)
+                        inlet.receiver.receive_layer(message["layer"])
+                        most -= 1
+            except (PeerError, StreamError) as error:
+                self._lose_link(inlet, error)
+
+    def _end_chunk(self, inlet: _Inlet, message: LinkMessage) -> None:
+        sequence, tokens = inlet.sequence, inlet.tokens
+        assert sequence is not None
+        journey = self._journeys[sequence]
+        with self.run.watchdog.guard(f"K and V of request {journey.number} to arrive"):
+            metadata = inlet.receiver.finish()
+        inlet.sequence = None
+        if sequence in self._doomed:
+            self._free(sequence)
+            return
+        journey.computed_at = message["computed_at"] - inlet.offset
+        times = transfer_times(inlet.sent[0], inlet.receiver.arrived_at[-1], journey.computed_at)
+        journey.hidden_ms += times["hidden_ms"]
+        journey.exposed_ms += times["exposed_ms"]
+        journey.tokens += tokens
+        journey.bytes += inlet.receiver.bytes_received
+        self.scheduler.received(sequence, tokens)
+        if sequence.computed == sequence.prompt_tokens:
+            self._landing.append(sequence)
+            self._start(sequence, metadata.next_token)
+
+    def _lose_link(self, inlet: _Inlet, error: Exception) -> None:
+        """End a link, and with it the requests that were coming over it; of ranks of one job, whose socket is broken, all."""
+        if inlet.link.ranks:
+            raise error
+        self._inlets.pop(inlet.peer, None)
+        inlet.link.close()
+        sequence = inlet.sequence
+        if sequence is not None:
+            number, doomed = self._journeys[sequence].number, sequence in self._doomed
+            self._free(sequence)
+            if not doomed:
+                self.fail(number, error, again=True)
+
+    # ---------------------------------------------------------------- steps
+
+    @property
+    def busy(self) -> bool:
+        return bool(
+            self.batch.rows
+            or self.scheduler.in_state(State.PREFILLING)
+            or any(inlet.pending for inlet in self._inlets.values())
+        )
+
+    def step(self) -> None:
+        self._admit()
+        step = self.scheduler.plan(sum(inlet.layers for inlet in self._inlets.values()))
+        started = time.monotonic()
+        self._take_layers(step.layers)
+        if step.layers:
+            self.scheduler.layer_pace.observe(step.layers, time.monotonic() - started)
+        if step.chunk is not None:
+            self._compute(step.chunk)
+        if self.batch.rows:
+            self._decode()
+
+    def _compute(self, chunk: Chunk) -> None:
+        """Compute a piece of a prompt over its cached beginning; the last one gives the first token."""
+        sequence, started = chunk.sequence, time.monotonic()
+        tokens = sequence.tokens[chunk.first : chunk.first + chunk.count]
+        logits = self.model.prefill_chunk(
+            tokens, chunk.first, self.cache, sequence.blocks, lambda layer, k, v: None
+        )
+        journey = self._journeys[sequence]
+        sampling, logprobs = sequence.sampling
+        last = chunk.first + chunk.count == sequence.prompt_tokens
+        with self.run.watchdog.guard(f"a chunk of request {journey.number} to be computed"):
+            if last:
+                choice = first_token(self.model, logits, sequence.prompt_tokens, sampling, logprobs)
+            else:
+                ttnn.synchronize_device(self.model.mesh)
+        now = time.monotonic()
+        self.scheduler.prefill_pace.observe(chunk.count, now - started)
+        self.scheduler.prefilled(chunk)
+        if not last:
+            return
+        self.hub.send(
+            First(
+                number=journey.number,
+                token=choice.token,
+                logprob=as_message(choice.logprob),
+                computed=sequence.prompt_tokens - sequence.cached,
+                waited_ms=0.0,
+                prefill_ms=(now - journey.started_at) * 1e3,
+            )
+        )
+        self._start(sequence, choice.token)
+
+    def _start(self, sequence: Sequence, token: int) -> None:
+        position = sequence.prompt_tokens
+        if self.scheduler.start(sequence, token) is not None:
+            if sequence in self._landing:
+                self._land(sequence)
+            self._forget(sequence)
+            return
+        sampling, logprobs = sequence.sampling
+        self.batch.join(sequence.slot, Row(token, position, sampling, logprobs))
+
+    def _decode(self) -> None:
+        """Decode one token of every row, and tell the hub; a handover ends when the step begins."""
+        started = time.monotonic()
+        for sequence in self._landing:
+            self._land(sequence)
+        self._landing.clear()
+        with self.run.watchdog.guard("a decode step"):
+            chosen = self.batch.step()
+        taken = time.monotonic() - started
+        self.scheduler.step_pace.observe(1, taken)
+        items = []
+        for slot, choice in chosen.items():
+            sequence = self.scheduler.admitted[slot]
+            number = self._journeys[sequence].number
+            reason = self.scheduler.advance(sequence, choice.token)
+            items.append(
+                Token(number=number, token=choice.token, finish=reason, logprob=as_message(choice.logprob))
+            )
+            if reason is not None:
+                self.batch.leave(slot)
+                self._forget(sequence)
+        self.hub.send(Tokens(items=items, step_ms=taken * 1e3))
+
+    def _land(self, sequence: Sequence) -> None:
+        journey = self._journeys[sequence]
+        self.hub.send(
+            Landed(
+                number=journey.number,
+                tokens=journey.tokens,
+                bytes=journey.bytes,
+                hidden_ms=journey.hidden_ms,
+                exposed_ms=journey.exposed_ms,
+                handover_ms=max(0.0, (time.monotonic() - journey.computed_at) * 1e3),
+            )
+        )
+
+    def doing(self) -> str:
+        parts = {
+            "decode": bool(self.batch.rows),
+            "receive": bool(self.scheduler.in_state(State.RECEIVING)),
+            "prefill": bool(self.scheduler.in_state(State.PREFILLING)),
+        }
+        return ", ".join(part for part, on in parts.items() if on) or "idle"
+
+    def close(self) -> None:
+        """Release the trace, and the links of workers that were started by hand."""
+        self.batch.close()
+        for inlet in self._inlets.values():
+            if not inlet.link.ranks:
+                inlet.link.close()

@@ -1,0 +1,224 @@
+"""The workers as the server's process knows them: who is there, in what state, and the messages to and from them.
+
+A worker is there from its registration until its beats stop, its process says so, or another of its name registers. It
+must know the token (each end answers the other's nonce with an HMAC under it), and run the same model and settings as
+the others: these decide the tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import zmq
+import zmq.asyncio
+from loguru import logger
+
+from disagg_tt.core import DECODE, PREFILL
+from disagg_tt.errors import InputError, PeerError, StreamError
+from disagg_tt.serving import protocol
+from disagg_tt.serving.connection import proof
+from disagg_tt.serving.protocol import (
+    BEAT_S,
+    LOST_S,
+    MAX_MESSAGE_BYTES,
+    Beat,
+    Challenge,
+    Connect,
+    Hello,
+    Message,
+    Open,
+    Opened,
+    Register,
+    Stop,
+    Welcome,
+)
+from disagg_tt.transfer_config import is_loopback
+
+MAX_STRANGERS = 256  # connections that have said hello and not registered
+
+
+@dataclass
+class Worker:
+    """A registered worker. `linked`: decode workers that a prefill worker has a link to; None: all, being ranks of a job."""
+
+    identity: bytes
+    about: Register
+    session: str
+    beat_at: float
+    state: protocol.State = field(default_factory=protocol.State)
+    linked: set[str] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.about.name
+
+
+class Hub:
+    """Listens for workers. `on_message(name, message)`, `on_join(worker)` and `on_lost(name, reason)` are the frontend's."""
+
+    def __init__(self, address: str = "tcp://127.0.0.1:*", token: str = ""):
+        """Listen at `address`, zmq's form; raises InputError where that cannot be, or would be open to all."""
+        host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+        if not token and not is_loopback(host):
+            raise InputError(
+                f"the hub's address is {address}, which others reach too, and there is no token; set DISAGG_TT_TOKEN for the "
+                "proxy and its workers"
+            )
+        self.workers: dict[str, Worker] = {}
+        self.on_message: Callable[[str, Message], None] = lambda name, message: None
+        self.on_join: Callable[[Worker], None] = lambda worker: None
+        self.on_lost: Callable[[str, str], None] = lambda name, reason: None
+        self._token = token
+        self._by_identity: dict[bytes, str] = {}
+        self._nonces: dict[bytes, str] = {}
+        self._context = zmq.asyncio.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.LINGER, 500)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.IPV6, 1)
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise InputError(f"the hub cannot listen at {address}: {error}; choose another address") from None
+        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin to take messages, in the running event loop."""
+        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
+
+    def of_role(self, role: str) -> list[Worker]:
+        """Return the workers of a role that are there."""
+        return [worker for worker in self.workers.values() if worker.about.role == role]
+
+    def send(self, name: str, message: Message) -> None:
+        """Send `message` to a worker; raises PeerError when it is not there."""
+        worker = self.workers.get(name)
+        if worker is None:
+            raise PeerError(f"worker {name} is gone; there are {', '.join(self.workers) or 'none'}")
+        self._send(worker.identity, message)
+
+    def _send(self, identity: bytes, message: Message) -> None:
+        # What zmq cannot queue at once it would make us wait for: a worker so far behind hangs, and its beats end it.
+        with suppress(zmq.ZMQError):
+            zmq.Socket.send_multipart(self._plain, [identity, protocol.encode(message)], zmq.NOBLOCK)
+
+    @property
+    def _plain(self) -> zmq.Socket[bytes]:
+        """The socket without asyncio's queueing, which would put a message off to the next turn of the loop."""
+        return self._socket._shadow_sock  # type: ignore[no-any-return]
+
+    async def _receive(self) -> None:
+        while True:
+            identity, *frames = await self._socket.recv_multipart()
+            if len(frames) != 1:
+                continue
+            try:
+                self._take(identity, protocol.to_hub(frames[0]))
+            except StreamError as error:
+                logger.warning("from {}: {}", self._by_identity.get(identity, "a stranger"), error)
+
+    def _take(self, identity: bytes, message: Message) -> None:
+        if isinstance(message, Hello):
+            self._greet(identity, message)
+        elif isinstance(message, Register):
+            self._register(identity, message)
+        elif isinstance(message, Beat):
+            worker = self.workers.get(message.name)
+            if worker is not None and hmac.compare_digest(worker.session, message.session):
+                worker.beat_at, worker.state = time.monotonic(), message.state
+        elif (name := self._by_identity.get(identity)) is None:
+            logger.warning("a {} message of a worker that is not registered", message.kind)  # type: ignore[attr-defined]
+        elif isinstance(message, Opened):
+            self._connect(name, message)
+        else:
+            self.on_message(name, message)
+
+    def _greet(self, identity: bytes, hello: Hello) -> None:
+        if len(self._nonces) >= MAX_STRANGERS:
+            self._nonces.pop(next(iter(self._nonces)))
+        nonce = self._nonces[identity] = secrets.token_hex(32)
+        self._send(identity, Challenge(nonce=nonce, proof=proof(self._token, "hub", hello.nonce)))
+
+    def _register(self, identity: bytes, about: Register) -> None:
+        nonce = self._nonces.pop(identity, None)
+        if nonce is None or not hmac.compare_digest(about.proof, proof(self._token, "worker", nonce)):
+            raise StreamError(f"{about.name} does not know the token")
+        if other := next((w for w in self.workers.values() if w.name != about.name), None):
+            for what in ("digest", "settings", "max_seq_len"):
+                ours, theirs = getattr(other.about, what), getattr(about, what)
+                if ours != theirs:
+                    raise StreamError(
+                        f"{about.name} has {what} {theirs!s:.200}, {other.name} has {ours!s:.200}; start all workers with the "
+                        "same model and settings"
+                    )
+        if about.name in self.workers:
+            self.lose(about.name, "another worker of its name registered")
+        worker = Worker(identity, about, secrets.token_hex(16), time.monotonic())
+        worker.linked = None if about.in_job else set()
+        self.workers[about.name], self._by_identity[identity] = worker, about.name
+        self._send(identity, Welcome(session=worker.session))
+        logger.info("{} joined: {} slots, {} blocks", about.name, about.slots, about.blocks)
+        if not about.in_job:
+            self._introduce(worker)
+        self.on_join(worker)
+
+    def _introduce(self, worker: Worker) -> None:
+        """Have a worker that was started by hand linked with every other of the other role."""
+        if worker.about.role == PREFILL:
+            for decode in self.of_role(DECODE):
+                self.send(decode.name, Open(peer=worker.name))
+        else:
+            for prefill in self.of_role(PREFILL):
+                self.send(worker.name, Open(peer=prefill.name))
+
+    def _connect(self, decode: str, opened: Opened) -> None:
+        prefill = self.workers.get(opened.peer)
+        if prefill is not None and prefill.linked is not None:
+            self.send(opened.peer, Connect(peer=decode, address=opened.address))
+            prefill.linked.add(decode)
+
+    def relink(self, prefill: str, decode: str) -> None:
+        """Have a link that was lost made anew."""
+        worker = self.workers.get(prefill)
+        if worker is not None and worker.linked is not None and decode in self.workers:
+            worker.linked.discard(decode)
+            self.send(decode, Open(peer=prefill))
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            now = time.monotonic()
+            for worker in list(self.workers.values()):
+                if now - worker.beat_at > LOST_S:
+                    self.lose(worker.name, f"no beat for {LOST_S:g} s")
+
+    def lose(self, name: str, reason: str) -> None:
+        """Take a worker off the list, whatever it was doing."""
+        worker = self.workers.pop(name, None)
+        if worker is None:
+            return
+        self._by_identity.pop(worker.identity, None)
+        for other in self.workers.values():
+            if other.linked is not None:
+                other.linked.discard(name)
+        logger.warning("{} is lost: {}", name, reason)
+        self.on_lost(name, reason)
+
+    async def close(self) -> None:
+        """Tell the workers to stop, and close."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for worker in self.workers.values():
+            self._send(worker.identity, Stop())
+        self.workers.clear()
+        self._context.destroy(linger=500)

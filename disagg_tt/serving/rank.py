@@ -1,0 +1,149 @@
+"""What prefill and decode ranks have in common: a model, a paged cache with its blocks, and a loop over messages.
+
+The loop never waits while there is work. It ends when the hub says stop, or is gone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import zmq
+from loguru import logger
+
+from disagg_tt.blocks import BLOCK
+from disagg_tt.cache import PagedCache
+from disagg_tt.errors import InputError, OverloadError
+from disagg_tt.model.llama import Llama
+from disagg_tt.run import Run
+from disagg_tt.serving import protocol
+from disagg_tt.serving.connection import Connection
+from disagg_tt.serving.protocol import Cancel, Failed, Message, Register, Stop, TokenLogprob, Wanted
+from disagg_tt.serving.scheduler import Scheduler, Sequence
+from disagg_tt.tokens import Logprob, Sampling
+
+IDLE_MS = 100  # between two looks at what no socket tells of
+
+
+class Rank(ABC):
+    """One rank under a hub. Subclasses say what its messages do and what a step is."""
+
+    role: protocol.Role
+
+    def __init__(self, model: Llama, cache: PagedCache, run: Run, hub: Connection, scheduler: Scheduler):
+        self.model, self.cache, self.run = model, cache, run
+        self.hub, self.scheduler, self.pool = hub, scheduler, scheduler.pool
+        self.stopping = False
+
+    def register(self, name: str, settings: dict[str, str], *, in_job: bool) -> None:
+        """Join the hub as `name`; raises PeerError or StreamError where that fails."""
+        config = self.run.config
+        element = 1088 / 1024 if self.run.options.kv_dtype == "bfloat8_b" else 2
+        elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+
+        def message(proof: str) -> Register:
+            return Register(
+                proof=proof,
+                name=name,
+                role=self.role,
+                in_job=in_job,
+                digest=self.run.checkpoint.digest(),
+                settings=settings,
+                slots=self.scheduler.slots,
+                blocks=self.pool.blocks,
+                max_seq_len=self.cache.blocks_per_slot * BLOCK,
+                bytes_per_token=int(elements * element),
+            )
+
+        self.hub.join(message)
+
+    def serve(self) -> None:
+        """Work until the hub says stop; raises what ends this rank."""
+        while not self.stopping:
+            self._take_messages()
+            self.step()
+            self.hub.state = self._state()
+
+    def _take_messages(self) -> None:
+        if not self.busy:
+            poller = zmq.Poller()
+            for socket in [*self.hub.sockets, *self.link_sockets()]:
+                poller.register(socket, zmq.POLLIN)
+            poller.poll(IDLE_MS)
+        while (message := self.hub.receive()) is not None:
+            if isinstance(message, Stop):
+                self.stopping = True
+            elif isinstance(message, Cancel):
+                self.cancel(message.number)
+            else:
+                self.handle(message)
+        self.take_links()
+
+    @property
+    @abstractmethod
+    def busy(self) -> bool:
+        """Whether `step` has something to do without another message."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Do the next piece of work, if there is any."""
+
+    @abstractmethod
+    def handle(self, message: Message) -> None:
+        """Act on a message of the hub's; raises StreamError for one that this role does not get."""
+
+    @abstractmethod
+    def cancel(self, number: int) -> None:
+        """Free what request `number` holds; it may have ended already, or never have come."""
+
+    def link_sockets(self) -> list[Any]:
+        """The sockets of links that have something of their own accord; a prefill rank's have not."""
+        return []
+
+    def take_links(self) -> None:  # noqa: B027 - nothing to take is right for a prefill rank
+        """Take what the links have."""
+
+    @abstractmethod
+    def doing(self) -> str:
+        """What the rank is at, for people: a few words."""
+
+    def queue(self, sequence: Sequence, number: int) -> bool:
+        """Let `sequence` wait its turn; return False, having told the hub, where it may not."""
+        try:
+            self.scheduler.add(sequence)
+        except (InputError, OverloadError) as error:
+            self.fail(number, error)
+            return False
+        return True
+
+    def fail(self, number: int, error: Exception, *, again: bool = False) -> None:
+        """Tell the hub that a request cannot go on here, but might `again`."""
+        logger.info("request {}: {}", number, error)
+        overload = isinstance(error, OverloadError)
+        self.hub.send(Failed(number=number, reason=str(error)[:4000], overload=overload, again=again))
+
+    def _state(self) -> protocol.State:
+        return protocol.State(
+            in_flight=len(self.scheduler.admitted),
+            waiting=len(self.scheduler.waiting),
+            blocks_in_use=self.pool.in_use,
+            blocks_cached=self.pool.cached,
+            doing=self.doing(),
+        )
+
+
+def sequence_of(wanted: Wanted, max_new_tokens: int, most_cached: float = float("inf")) -> Sequence:
+    """Return `wanted` as a scheduler knows it; its `sampling` is a (Sampling, logprobs)."""
+    return Sequence(
+        str(wanted.number),
+        list(wanted.tokens),
+        max_new_tokens,
+        frozenset(wanted.eos_token_ids),
+        (Sampling(wanted.temperature, wanted.top_p, wanted.top_k, wanted.seed), wanted.logprobs),
+        most_cached,
+    )
+
+
+def as_message(found: Logprob | None) -> TokenLogprob | None:
+    """Return a log-probability as it travels."""
+    return None if found is None else TokenLogprob(logprob=found.logprob, top=list(found.top))

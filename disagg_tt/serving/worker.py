@@ -1,0 +1,137 @@
+"""A worker's process: opens its mesh and links, loads the model, joins the hub, and serves until the hub is gone.
+
+in a job of MPI's   the ranks of a rank binding, each pair of a prefill and a decode rank joined before weights are loaded
+by hand             one worker, over tcp or nixl; the hub brings it together with the others as they come and go
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from loguru import logger
+
+from disagg_tt.blocks import BLOCK
+from disagg_tt.cache import PagedCache
+from disagg_tt.config import Options
+from disagg_tt.core import DECODE, PREFILL, whole_tiles
+from disagg_tt.device import ttnn
+from disagg_tt.device.mesh import close_mesh, open_mesh
+from disagg_tt.kv_stream.control import clock_offset, connect_ranks
+from disagg_tt.kv_stream.mesh_socket import socket_config
+from disagg_tt.link import Link, as_row
+from disagg_tt.model import weights
+from disagg_tt.rank import Seat, be_rank, mesh_shape_of
+from disagg_tt.run import Run, read_run
+from disagg_tt.serving.connection import Connection
+from disagg_tt.serving.decode_rank import DecodeRank
+from disagg_tt.serving.prefill_rank import PrefillRank
+
+PREFILL_SEQUENCES = 8  # of full length, that a prefill rank's cache holds: for prefixes that return
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """What a worker is told. hub: its address. token: what both must know, "" on loopback. slots: requests at once.
+
+    blocks: of cache, None for `slots` sequences of full length. listen: the address at which prefill workers that were
+    started by hand find a decode worker.
+    """
+
+    options: Options
+    hub: str
+    token: str = ""
+    slots: int = 32
+    blocks: int | None = None
+    prefix_caching: bool = True
+    listen: str = "127.0.0.1"
+
+
+def rank_main(w: WorkerOptions) -> int:
+    """Serve as one rank of a job that MPI started; return its exit code."""
+    return be_rank(lambda seat: _serve_in_job(w, seat), w.options.deadline_s, lambda event: None, pair=False)
+
+
+def _serve_in_job(w: WorkerOptions, seat: Seat) -> None:
+    o = w.options
+    run = read_run(o, seat.emit, seat.watchdog)
+    shape = mesh_shape_of(os.environ, o.rank_binding)
+    run.config.check_mesh(shape[0] * shape[1])
+    ttnn.init_distributed_context()
+    me = int(ttnn.distributed_context_get_rank())
+    roles = [(PREFILL, DECODE)[i] for i in ttnn.distributed_context_allgather_int(int(seat.role == DECODE))]
+    with ExitStack() as closing:
+        mesh = open_mesh(shape, queues=2 if o.overlap == "queue" else 1, trace=o.enable_trace)
+        closing.callback(close_mesh, mesh)
+        links = _join_ranks(run, mesh, shape, me, roles)
+        hub = Connection(w.hub, w.token, o.deadline_s)
+        closing.callback(hub.close)
+        rank = _rank(w, run, mesh, seat.role, hub)
+        closing.callback(rank.close)
+        for peer, (link, offset) in links.items():
+            name = f"{roles[peer]}-{peer}"
+            closing.callback(link.close_stream)
+            if isinstance(rank, PrefillRank):
+                rank.add_link(name, link)
+            else:
+                rank.add_link(name, link, offset)
+        _go(run, rank, f"{seat.role}-{me}", in_job=True)
+
+
+def _join_ranks(
+    run: Run, mesh: Any, shape: tuple[int, int], me: int, roles: list[str]
+) -> dict[int, tuple[Link, float]]:
+    """Join this rank with all of the other role; return its links, and each peer's clock minus this one's, by rank.
+
+    All ranks go through the pairs in the same order, so that nobody waits for one that waits for another.
+    """
+    o = run.options
+    pairs = [(p, d) for p, its in enumerate(roles) for d, theirs in enumerate(roles) if (its, theirs) == (PREFILL, DECODE)]  # fmt: skip
+    sockets: dict[int, Any] = {}
+    mine = [pair for pair in pairs if me in pair]
+    if o.transport == "mesh_socket":
+        if len(mine) > 1:
+            logger.warning(
+                "this rank has {} MeshSockets; several corrupted data on hardware (tt-metal#48757): check the answers, or use "
+                "--transport tcp",
+                len(mine),
+            )
+        for p, d in mine:
+            config = socket_config(*as_row(shape), sender=p, receiver=d)
+            sockets[d if me == p else p] = ttnn.MeshSocket(mesh, config)
+    ttnn.distributed_context_barrier()
+    links = {}
+    for p, d in mine:
+        peer = d if me == p else p
+        control = connect_ranks(ttnn, me=me, peer=peer, peer_role=roles[peer], bind=me == p)
+        link = Link(mesh, control, None, ranks=True, socket=sockets.get(peer))
+        offset = clock_offset(control, o.deadline_s, asks=me == d)
+        link.open_wire(o, roles[me], peer)
+        links[peer] = (link, offset)
+    return links
+
+
+def _rank(w: WorkerOptions, run: Run, mesh: Any, role: str, hub: Connection) -> PrefillRank | DecodeRank:
+    """Load the model and make the rank, its cache of the size that its role needs."""
+    tokens = whole_tiles(run.max_seq_len)
+    model = run.load_model(mesh, role, tokens)
+    each = tokens // BLOCK
+    slots = 1 if role == PREFILL else w.slots
+    blocks = (PREFILL_SEQUENCES if role == PREFILL else slots) * each if w.blocks is None else w.blocks
+    cache = PagedCache(mesh, run.config, slots, each, max(blocks, each), getattr(ttnn, run.options.kv_dtype))
+    kind = PrefillRank if role == PREFILL else DecodeRank
+    return kind(model, cache, run, hub, prefix_caching=w.prefix_caching)
+
+
+def _go(run: Run, rank: PrefillRank | DecodeRank, name: str, *, in_job: bool) -> None:
+    """Warm up, register and serve."""
+    rank.warm_up()
+    o = run.options
+    dtype = str(weights.weight_dtype(run.config, o.weight_dtype))
+    rank.register(
+        name, {"kv_dtype": o.kv_dtype, "weight_dtype": dtype, "transport": o.transport}, in_job=in_job
+    )
+    logger.info("{} serves", name)
+    rank.serve()
