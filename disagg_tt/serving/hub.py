@@ -12,7 +12,6 @@ import hmac
 import secrets
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import zmq
@@ -107,14 +106,9 @@ class Hub:
         self._send(worker.identity, message)
 
     def _send(self, identity: bytes, message: Message) -> None:
-        # What zmq cannot queue at once it would make us wait for: a worker so far behind hangs, and its beats end it.
-        with suppress(zmq.ZMQError):
-            zmq.Socket.send_multipart(self._plain, [identity, protocol.encode(message)], zmq.NOBLOCK)
-
-    @property
-    def _plain(self) -> zmq.Socket[bytes]:
-        """The socket without asyncio's queueing, which would put a message off to the next turn of the loop."""
-        return self._socket._shadow_sock  # type: ignore[no-any-return]
+        sent = self._socket.send_multipart([identity, protocol.encode(message)], zmq.NOBLOCK)
+        if sent.done() and sent.exception():  # a worker that far behind hangs, or is gone: its beats will tell
+            logger.debug("{} took no message: {}", self._by_identity.get(identity), sent.exception())
 
     async def _receive(self) -> None:
         while True:
