@@ -4,6 +4,7 @@
                                                                                             prefill ══ K/V ══► decode
 
 server.py speaks OpenAI's API and nothing else; frontend.py follows one generation from prompt tokens to its last token,
-over the loss of a rank if need be; router.py (pure) says which ranks serve it and why; hub.py knows the workers;
+over the loss of a rank if need be; router.py (pure) says which ranks serve it and why, from what ranks.py and
+conversations.py remember and pace.py has measured; hub.py knows the workers;
 worker.py is a rank: engine.py, its model and paged cache, under scheduler.py (pure), which says what a step does next.
 """
