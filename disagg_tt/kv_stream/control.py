@@ -149,6 +149,7 @@ class ZmqControl:
                 raise InputError(
                     f"the control channel cannot listen at {address}: {error}; choose another"
                 ) from None
+            self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         elif bind:
             host = own_host()
             port = self._socket.bind_to_random_port(f"tcp://{host}")

@@ -29,7 +29,18 @@ from disagg_tt.prefill import first_token
 from disagg_tt.run import Run
 from disagg_tt.serving.connection import Connection
 from disagg_tt.serving.prefill_rank import CHUNK
-from disagg_tt.serving.protocol import First, Landed, Message, Prefill, Reserve, Reserved, Token, Tokens
+from disagg_tt.serving.protocol import (
+    First,
+    Landed,
+    Message,
+    Open,
+    Opened,
+    Prefill,
+    Reserve,
+    Reserved,
+    Token,
+    Tokens,
+)
 from disagg_tt.serving.rank import Rank, as_message, sequence_of
 from disagg_tt.serving.scheduler import Chunk, Scheduler, Sequence, State
 
@@ -54,7 +65,10 @@ class _Inlet:
 
 @dataclass
 class _Journey:
-    """What is known of a request besides its sequence: when it came, and what its transfer cost so far (ms, bytes)."""
+    """What is known of a request besides its sequence: when it came, and what its transfer cost so far (ms, bytes).
+
+    prefill: the start and end of the prefill rank's work, layers: each layer's sending and arrival, s of this rank's clock.
+    """
 
     number: int
     came_at: float
@@ -63,7 +77,8 @@ class _Journey:
     bytes: int = 0
     hidden_ms: float = 0.0
     exposed_ms: float = 0.0
-    computed_at: float = 0.0  # the prefill's end, s of this rank's clock
+    prefill: tuple[float, float] = (0.0, 0.0)
+    layers: list[tuple[float, float]] = field(default_factory=list)
 
 
 class DecodeRank(Rank):
@@ -114,6 +129,8 @@ class DecodeRank(Rank):
             else:
                 self.scheduler.prefill(found)
                 self._journeys[found].started_at = time.monotonic()
+        elif isinstance(message, Open) and self.meet is not None:
+            self.hub.send(Opened(peer=message.peer, address=self.meet.open(message.peer)))
         else:
             raise StreamError(f"a decode rank got {message!r:.200}")
 
@@ -151,6 +168,10 @@ class DecodeRank(Rank):
         return [socket for inlet in self._inlets.values() for socket in inlet.link.control.sockets]  # type: ignore[attr-defined]
 
     def take_links(self) -> None:
+        for peer, link, offset in self.meet.arrived() if self.meet is not None else ():
+            if peer in self._inlets:
+                self._lose_link(self._inlets[peer], PeerError("it is made anew"))
+            self.add_link(peer, link, offset)
         for inlet in list(self._inlets.values()):
             try:
                 self._take_link(inlet)
@@ -216,8 +237,10 @@ class DecodeRank(Rank):
         if sequence in self._doomed:
             self._free(sequence)
             return
-        journey.computed_at = message["computed_at"] - inlet.offset
-        times = transfer_times(inlet.sent[0], inlet.receiver.arrived_at[-1], journey.computed_at)
+        began, computed = message["started_at"] - inlet.offset, message["computed_at"] - inlet.offset
+        journey.prefill = (journey.prefill[0] or began, computed)
+        journey.layers += zip(inlet.sent, inlet.receiver.arrived_at, strict=True)
+        times = transfer_times(inlet.sent[0], inlet.receiver.arrived_at[-1], computed)
         journey.hidden_ms += times["hidden_ms"]
         journey.exposed_ms += times["exposed_ms"]
         journey.tokens += tokens
@@ -329,6 +352,7 @@ class DecodeRank(Rank):
 
     def _land(self, sequence: Sequence) -> None:
         journey = self._journeys[sequence]
+        began, computed = journey.prefill
         self.hub.send(
             Landed(
                 number=journey.number,
@@ -336,7 +360,9 @@ class DecodeRank(Rank):
                 bytes=journey.bytes,
                 hidden_ms=journey.hidden_ms,
                 exposed_ms=journey.exposed_ms,
-                handover_ms=max(0.0, (time.monotonic() - journey.computed_at) * 1e3),
+                prefill_ms=max(0.0, (computed - began) * 1e3),
+                layers=[((sent - began) * 1e3, (at - began) * 1e3) for sent, at in journey.layers[:4096]],
+                handover_ms=max(0.0, (time.monotonic() - computed) * 1e3),
             )
         )
 

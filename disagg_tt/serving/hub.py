@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -30,6 +31,7 @@ from disagg_tt.serving.protocol import (
     Challenge,
     Connect,
     Hello,
+    Leave,
     Message,
     Open,
     Opened,
@@ -106,8 +108,11 @@ class Hub:
         self._send(worker.identity, message)
 
     def _send(self, identity: bytes, message: Message) -> None:
-        sent = self._socket.send_multipart([identity, protocol.encode(message)], zmq.NOBLOCK)
-        if sent.done() and sent.exception():  # a worker that far behind hangs, or is gone: its beats will tell
+        frames = [identity, protocol.encode(message)]
+        sent: asyncio.Future[Any] = self._socket.send_multipart(frames, zmq.NOBLOCK)  # type: ignore[assignment]
+        if (
+            sent.done() and sent.exception()
+        ):  # a worker that far behind hangs, or is gone: its beats will tell
             logger.debug("{} took no message: {}", self._by_identity.get(identity), sent.exception())
 
     async def _receive(self) -> None:
@@ -131,6 +136,8 @@ class Hub:
                 worker.beat_at, worker.state = time.monotonic(), message.state
         elif (name := self._by_identity.get(identity)) is None:
             logger.warning("a {} message of a worker that is not registered", message.kind)  # type: ignore[attr-defined]
+        elif isinstance(message, Leave):
+            self.lose(name, "it left")
         elif isinstance(message, Opened):
             self._connect(name, message)
         else:

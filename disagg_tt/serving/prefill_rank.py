@@ -19,14 +19,14 @@ from disagg_tt.blocks import BlockPool
 from disagg_tt.cache import PagedCache
 from disagg_tt.core import PREFILL, Request
 from disagg_tt.device import ttnn
-from disagg_tt.errors import PeerError, RefusedError, StreamError
+from disagg_tt.errors import DisaggError, PeerError, RefusedError, StreamError
 from disagg_tt.kv_stream.base import Metadata, PrefillTimes, RemoteSender
 from disagg_tt.link import Link
 from disagg_tt.model.llama import Llama
 from disagg_tt.prefill import first_token
 from disagg_tt.run import Run
 from disagg_tt.serving.connection import Connection
-from disagg_tt.serving.protocol import First, Message, Prefill
+from disagg_tt.serving.protocol import Connect, First, Message, Prefill
 from disagg_tt.serving.rank import Rank, as_message, sequence_of
 from disagg_tt.serving.scheduler import Chunk, Scheduler, Sequence
 
@@ -74,6 +74,13 @@ class PrefillRank(Rank):
         return bool(self._jobs)
 
     def handle(self, message: Message) -> None:
+        if isinstance(message, Connect) and self.meet is not None:
+            self._drop_link(message.peer, PeerError("it is made anew"))
+            try:
+                self.add_link(message.peer, self.meet.connect(message.peer, message.address))
+            except DisaggError as error:
+                logger.warning("no link to {}: {}", message.peer, error)
+            return
         if not isinstance(message, Prefill) or message.wanted is None:
             raise StreamError(f"a prefill rank got {message!r:.200}")
         sequence = sequence_of(message.wanted, 0, message.cached if self._prefix_caching else 0)
@@ -99,7 +106,7 @@ class PrefillRank(Rank):
             logger.debug("request {} is not wanted any more: {}", job.number, error)
             self.cancel(job.number)
         except (PeerError, StreamError) as error:
-            self._lose_link(job.to, error)
+            self._drop_link(job.to, error)
 
     def _run_chunk(self, chunk: Chunk, job: _Job) -> None:
         sequence, first = chunk.sequence, chunk.first
@@ -157,8 +164,8 @@ class PrefillRank(Rank):
     def _guard(self, what: str) -> AbstractContextManager[None]:
         return self.run.watchdog.guard(what)
 
-    def _lose_link(self, peer: str, error: Exception) -> None:
-        """End a link, and with it the prompts on their way to `peer`; of ranks of one job, whose socket is broken, all."""
+    def _drop_link(self, peer: str, error: Exception) -> None:
+        """End a link if there is one, and with it the prompts on their way to `peer`; of ranks of one job, whose socket is broken, all."""
         link = self._links.pop(peer, None)
         if link is not None and link[0].ranks:
             raise error

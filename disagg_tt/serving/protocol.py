@@ -11,7 +11,8 @@
                    first       ->                 the first token, as soon as it is known
     decode         landed      ->                 all K and V are here; what the transfer cost
                    tokens      ->                 one decode step's tokens
-    either         cancel      <-  hub            the client is gone
+    either         leave       ->                 it ends
+                   cancel      <-  hub            the client is gone
                    failed      ->                 this request cannot go on here
     links          open        <-  hub            (workers started by hand) a prefill worker is coming
                    opened      ->                 where it finds us
@@ -153,12 +154,19 @@ class First(Message):
 
 
 class Landed(Message):
-    """A prompt's K and V are in the decode rank's cache. `tokens` came over the wire; times in ms, see perf.py."""
+    """A prompt's K and V are in the decode rank's cache, and its first decode step begins.
+
+    tokens: those that came over the wire. prefill_ms, layers: the prefill's length, and when each layer of each chunk was
+    sent and had arrived, ms since the prefill's start. hidden_ms, exposed_ms: see perf.py. handover_ms: from the prefill's
+    end to now.
+    """
 
     kind: Literal["landed"] = "landed"
     number: Number
     tokens: Count
     bytes: Count
+    prefill_ms: Milliseconds
+    layers: list[tuple[float, float]] = Field(max_length=4096)
     hidden_ms: Milliseconds
     exposed_ms: Milliseconds
     handover_ms: Milliseconds
@@ -180,6 +188,12 @@ class Tokens(Message):
 class Cancel(Message):
     kind: Literal["cancel"] = "cancel"
     number: Number
+
+
+class Leave(Message):
+    """The worker ends; what it was doing has to be done elsewhere."""
+
+    kind: Literal["leave"] = "leave"
 
 
 class Failed(Message):
@@ -214,7 +228,7 @@ class Stop(Message):
 
 
 ToHub = Annotated[
-    Hello | Register | Beat | Reserved | First | Landed | Tokens | Failed | Opened,
+    Hello | Register | Beat | Reserved | First | Landed | Tokens | Failed | Opened | Leave,
     Field(discriminator="kind"),
 ]
 ToWorker = Annotated[

@@ -18,6 +18,7 @@ from disagg_tt.model.llama import Llama
 from disagg_tt.run import Run
 from disagg_tt.serving import protocol
 from disagg_tt.serving.connection import Connection
+from disagg_tt.serving.meeting import Meeting
 from disagg_tt.serving.protocol import Cancel, Failed, Message, Register, Stop, TokenLogprob, Wanted
 from disagg_tt.serving.scheduler import Scheduler, Sequence
 from disagg_tt.tokens import Logprob, Sampling
@@ -33,6 +34,7 @@ class Rank(ABC):
     def __init__(self, model: Llama, cache: PagedCache, run: Run, hub: Connection, scheduler: Scheduler):
         self.model, self.cache, self.run = model, cache, run
         self.hub, self.scheduler, self.pool = hub, scheduler, scheduler.pool
+        self.meet: Meeting | None = None  # where workers that were started by hand find each other
         self.stopping = False
 
     def register(self, name: str, settings: dict[str, str], *, in_job: bool) -> None:
@@ -58,7 +60,7 @@ class Rank(ABC):
         self.hub.join(message)
 
     def serve(self) -> None:
-        """Work until the hub says stop; raises what ends this rank."""
+        """Work until the hub says stop, or this process is told to end; raises what ends this rank otherwise."""
         while not self.stopping:
             self._take_messages()
             self.step()

@@ -23,11 +23,16 @@ from disagg_tt.kv_stream.control import clock_offset, connect_ranks
 from disagg_tt.kv_stream.mesh_socket import socket_config
 from disagg_tt.link import Link, as_row
 from disagg_tt.model import weights
+from disagg_tt.processes import signals_raise
 from disagg_tt.rank import Seat, be_rank, mesh_shape_of
+from disagg_tt.report import configure_logging
 from disagg_tt.run import Run, read_run
 from disagg_tt.serving.connection import Connection
 from disagg_tt.serving.decode_rank import DecodeRank
+from disagg_tt.serving.meeting import Meeting
 from disagg_tt.serving.prefill_rank import PrefillRank
+from disagg_tt.serving.protocol import Leave
+from disagg_tt.watchdog import Watchdog
 
 PREFILL_SEQUENCES = 8  # of full length, that a prefill rank's cache holds: for prefixes that return
 
@@ -78,6 +83,37 @@ def _serve_in_job(w: WorkerOptions, seat: Seat) -> None:
             else:
                 rank.add_link(name, link, offset)
         _go(run, rank, f"{seat.role}-{me}", in_job=True)
+
+
+def hand_main(w: WorkerOptions, role: str, name: str) -> int:
+    """Serve as a worker of its own that was started by hand; return its exit code."""
+    configure_logging(role)
+    o = w.options
+    watchdog = Watchdog(o.deadline_s, _give_up)
+    run = read_run(o, lambda event: None, watchdog)
+    shape = mesh_shape_of(os.environ, o.rank_binding)
+    run.config.check_mesh(shape[0] * shape[1])
+    with ExitStack() as closing, signals_raise():
+        closing.callback(watchdog.close)
+        hub = Connection(w.hub, w.token, o.deadline_s)
+        closing.callback(hub.close)
+        mesh = open_mesh(shape, trace=o.enable_trace)
+        closing.callback(close_mesh, mesh)
+        rank = _rank(w, run, mesh, role, hub)
+        closing.callback(rank.close)
+        rank.meet = Meeting(run, mesh, role, w.token, w.listen)
+        closing.callback(rank.meet.close)
+        try:
+            _go(run, rank, name, in_job=False)
+        except (KeyboardInterrupt, SystemExit):
+            hub.send(Leave())
+            logger.info("{} leaves", name)
+    return 0
+
+
+def _give_up(what: str) -> None:
+    logger.error("{} did not happen in time; the device hangs (--deadline-s sets the limit)", what)
+    os._exit(1)
 
 
 def _join_ranks(
