@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 from disagg_tt.tokens import Sampling
 
@@ -50,11 +50,12 @@ class NewToken:
 class Account:
     """What a generation cost; filled in as it goes, complete when its last token is out.
 
-    route: "pd", "ppd" or "local" (no prefill worker), with the router's reason. The prompt's tokens by source add up to
+    route: "pd", "ppd" or "local" (no prefill worker), with the router's reason, one of few (it is a metric's label). The prompt's tokens by source add up to
     its length: computed (this request's prefill), local_cache (found on the decode mesh), transferred (of those computed
     or cached on the prefill mesh, the ones that came over the wire are counted here and not as computed).
-    budget_ms: parts of the time to the first token, in ms, by name, in the order in which they happened; they add up to
-    ttft_ms. transfer: hidden and exposed ms, bytes, and the handover (prefill's end to the decode rank's first step), ms.
+    budget_ms: parts of the time to the first token, in ms, by name ("queue" and "prefill" among them), in the order in
+    which they happened; they add up to ttft_ms; both known with the first token. transfer: "hidden_ms", "exposed_ms",
+    "bytes" and "handover_ms" (prefill's end to the decode rank's first step); empty where nothing travelled.
     """
 
     route: str = ""
@@ -80,6 +81,75 @@ class Stream(Protocol):
     async def aclose(self) -> None: ...
 
 
+class WorkerState(TypedDict):
+    """One worker as the page shows it.
+
+    role: "prefill", "decode" or "both". status: "starting", "idle", "busy" or "lost". running, waiting: requests. Slots are
+    0 of 0 on a worker that does not decode. blocks_used: referenced by a request; blocks_cached: kept for reuse alone.
+    """
+
+    name: str
+    role: str
+    status: str
+    running: int
+    waiting: int
+    slots_used: int
+    slots_total: int
+    blocks_used: int
+    blocks_cached: int
+    blocks_total: int
+
+
+class RequestState(TypedDict):
+    """One generation in flight. phase: "waiting", "prefill", "transfer" or "decode". Workers: "" while there is none."""
+
+    id: str
+    conversation: str | None
+    phase: str
+    route: str
+    prefill_worker: str
+    decode_worker: str
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    age_ms: float
+
+
+class LayerSpan(TypedDict):
+    """When one layer's K and V were sent and had arrived, in ms since their prefill's start."""
+
+    sent_ms: float
+    arrived_ms: float
+
+
+class TransferState(TypedDict):
+    """One finished transfer. request: the generation's id. age_ms: since its prefill's start; prefill_ms: how long that took.
+
+    layers: in order. tokens, bytes: what travelled. hidden_ms: transfer under the prefill; exposed_ms: after it.
+    """
+
+    request: str
+    source: str
+    target: str
+    age_ms: float
+    prefill_ms: float
+    layers: list[LayerSpan]
+    tokens: int
+    bytes: int
+    hidden_ms: float
+    exposed_ms: float
+    handover_ms: float
+
+
+class State(TypedDict):
+    """The deployment at this moment, as JSON: `GET /state`, the page and the gauges of /metrics. transfers: newest first, some 8."""
+
+    mode: str
+    workers: list[WorkerState]
+    requests: list[RequestState]
+    transfers: list[TransferState]
+
+
 class Backend(Protocol):
     """What the HTTP server stands on; frontend.Frontend is the real one, tests may have another.
 
@@ -97,7 +167,7 @@ class Backend(Protocol):
         """Return {"status": "ok" | "degraded" | "unavailable", ...}: the workers by role and state; no secrets."""
         ...
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         """Return what the page shows: workers, what is in flight, slots and blocks in use, the last transfers."""
         ...
 
