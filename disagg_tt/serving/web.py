@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from disagg_tt.config import check_number
 from disagg_tt.errors import InputError
 from disagg_tt.serving.refusal import Refusal
 
@@ -64,7 +65,9 @@ class Gate:
         if self._key is None or path in self._open:
             return None
         kind, _, given = headers.get("authorization", "").partition(" ")
-        if kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self._key.encode()):
+        if kind.lower() == "bearer" and hmac.compare_digest(
+            given.strip().encode("latin-1"), self._key.encode()
+        ):
             return None
         return Refusal(401, "Give this server's API key: 'Authorization: Bearer KEY'.", "invalid_api_key")
 
@@ -133,12 +136,13 @@ class Patience:
 
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that is bound to `host` (a name or address) and `port` (0: any free one); raises InputError."""
+    check_number("--port", port, 0, 65535)
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
-    except (OSError, UnicodeError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         raise InputError(
             f"--host {host} --port {port} is no address ({error}); give one of this host's"
         ) from error
