@@ -69,6 +69,11 @@ class Tokenizer:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
+    def token_text(self, token_id: int) -> str:
+        """Text of one token by itself, a special token by its name; U+FFFD where it is a part of a character."""
+        text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return text
+
     @cached_property
     def _template(self) -> "jinja2.Template":
         """The compiled chat template, in the sandbox and with the helpers that transformers gives it."""
