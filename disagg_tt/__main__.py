@@ -32,6 +32,12 @@ def parser() -> argparse.ArgumentParser:
         "emulate", help="run an unmodified ttnn script on the emulator", add_help=False
     )  # has a parser of its own, see main
     commands.add_parser("bench", help="measure", add_help=False)  # has a parser of its own, see main
+    for name, does in (
+        ("serve", "an OpenAI-compatible endpoint over the meshes of a rank binding"),
+        ("proxy", "the endpoint alone, for workers that are started elsewhere"),
+        ("worker", "ranks that serve under a proxy"),
+    ):
+        commands.add_parser(name, help=does, add_help=False)  # have parsers of their own, see main
     return top
 
 
@@ -122,6 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from disagg_tt.emulate import main as emulate
 
             return emulate(words[1:])
+        if words[:1] in (["serve"], ["proxy"], ["worker"]):
+            from disagg_tt.serving.commands import main as serving
+
+            return serving(words)
         arguments = parser().parse_args(words)
         if arguments.command == "generate":
             return generate(options_of(arguments), words)

@@ -203,9 +203,14 @@ class RemoteSender(KVSender):
         self.stream.streaming()
 
     def _tell_when_computed(self, layer: int, computed: Any) -> None:
-        """Tell the receiver of the layers before `layer`, and of this one when the next is enqueued or the stream ends."""
+        """Tell the receiver of the layers before `layer`, and of this one when the next is enqueued.
+
+        Of the last one at once: the first token is read behind its send, which waits for the receiver.
+        """
         self._tell_of_layers()
         self._untold.append((layer, computed))
+        if layer == self.stream.layers - 1:
+            self._tell_of_layers()
 
     def _tell_of_layers(self) -> None:
         while self._untold:

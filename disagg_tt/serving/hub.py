@@ -83,7 +83,7 @@ class Hub:
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.LINGER, 500)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(zmq.IPV6, 1)
+        self._socket.setsockopt(zmq.IPV6, int(":" in host))
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
@@ -214,12 +214,16 @@ class Hub:
         logger.warning("{} is lost: {}", name, reason)
         self.on_lost(name, reason)
 
+    def stop_workers(self) -> None:
+        """Tell all workers to stop. They are lost from here on."""
+        for name in list(self.workers):
+            self.send(name, Stop())
+            self.lose(name, "the server stops")
+
     async def close(self) -> None:
         """Tell the workers to stop, and close."""
+        self.stop_workers()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for worker in self.workers.values():
-            self._send(worker.identity, Stop())
-        self.workers.clear()
         self._context.destroy(linger=500)

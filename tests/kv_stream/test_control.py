@@ -84,7 +84,7 @@ def test_messages_arrive_in_order_both_ways(pair):
 
 
 def test_a_wrong_message_is_not_sent(pair):
-    with pytest.raises(StreamError, match="slot is -1"):
+    with pytest.raises(StreamError, match="request is -1"):
         pair[0].send("ready", request=-1)
     with pytest.raises(StreamError, match=f"allowed are {MAX_BYTES}"):
         pair[0].send("failed", reason="a" * MAX_BYTES)

@@ -204,15 +204,15 @@ def test_a_layer_is_copied_to_the_host_only_where_no_earlier_one_still_waits(str
     wire = LazyWire()
     one = stream(wires=(wire, wire))
     all_told = threading.Event()
-    tell = one.sender._tell_of_layer
+    send = one.sender._control.send
 
-    def telling(layer: int) -> None:
-        tell(layer)
-        if layer == LAYERS - 1:
+    def telling(kind: str, **fields: Any) -> None:
+        send(kind, **fields)
+        if kind == "layer" and fields["layer"] == LAYERS - 1:
             all_told.set()
 
     # The wire is stuck at first. A sender that did not wait for it would have overwritten layers meanwhile.
-    one.sender._tell_of_layer = telling
+    one.sender._control.send = telling
     wire.begin = lambda plan: all_told.wait(0.5) and None  # type: ignore[method-assign]
     one.receiver._wire = type("Receiving", (), {"__getattr__": lambda self, name: getattr(wire, name)})()
     one.receiver._wire.begin = lambda plan: None
@@ -233,9 +233,10 @@ def test_layers_leave_while_the_prefill_goes_on(stream):
         arrived.set()
 
     one.wires[1].receive = receiving
-    one.sender.send_layer(0, *one.tensors(32, 0))
+    for layer in range(2):  # a layer is told of when the next is enqueued
+        one.sender.send_layer(layer, *one.tensors(32, layer))
     assert arrived.wait(DEADLINE)
-    for layer in range(1, LAYERS):
+    for layer in range(2, LAYERS):
         one.sender.send_layer(layer, *one.tensors(32, layer))
     one.sender.finish(Metadata(0, 32, TOKEN, LAYERS), TIMES)
     assert one.metadata.get(timeout=DEADLINE)
