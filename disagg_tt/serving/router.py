@@ -199,7 +199,8 @@ class Router:
             conversation = request.conversation
             if conversation is None:
                 return "pd", "first turn"
-            here = conversation.decode_worker == decode.name and cached and 2 * cached >= conversation.tokens
+            history = min(conversation.tokens, len(request.tokens))
+            here = conversation.decode_worker == decode.name and 2 * cached >= history
             return ("ppd", "later turn") if here else ("pd", "history not here")
         if estimates["pd"] <= estimates["ppd"]:
             decode.prefill.fade()  # so that a way not taken is tried again some time

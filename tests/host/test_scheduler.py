@@ -270,7 +270,7 @@ class Rank(RuleBasedStateMachine):
     @rule(data=st.data())
     def go(self, data):
         ids = [s.id for s in [*self.sched.waiting, *self.sched.admitted.values()]]
-        if not ids:
+        if len(ids) < 2:
             return
         gone = self.sched.cancel(data.draw(st.sampled_from(ids)))
         assert gone.state is State.ENDED and self.sched.cancel(gone.id) is None
@@ -297,7 +297,11 @@ class Rank(RuleBasedStateMachine):
     def measure(self, kind, time):
         getattr(self.sched, kind).observe(1, time)
 
-    @rule(more=st.integers(0, 4), token=st.integers(0, 9))
+    @rule(arrivals=st.lists(st.integers(0, 4), min_size=1, max_size=10), token=st.integers(0, 9))
+    def steps(self, arrivals, token):
+        for more in arrivals:
+            self.step(more, token)
+
     def step(self, more, token):
         coming = sum(3 - n for n in self.arrived.values())
         arrived = min(more, coming)
