@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from disagg_tt.blocks import BLOCK, BlockPool
@@ -12,7 +12,13 @@ from disagg_tt.errors import OverloadError, PromptError
 from disagg_tt.serving.scheduler import Scheduler, Sequence, State
 
 EOS = 0
-STATEFUL = settings(max_examples=120, stateful_step_count=60, deadline=None, derandomize=True)
+STATEFUL = settings(
+    max_examples=120,
+    stateful_step_count=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],  # a loaded machine
+)
 
 
 def scheduler(slots: int = 4, blocks: int = 64, **options) -> Scheduler:
