@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from disagg_tt.blocks import BLOCK
+
+BRANCHES = (
+    8  # turns of a conversation that a prompt may go back to: an edited question, an answer asked for again
+)
 
 
 @dataclass
@@ -32,7 +36,7 @@ class Conversations:
         self._ends: dict[
             bytes, dict[tuple[int, ...], str]
         ] = {}  # hash of the last full block, tokens after it: whose
-        self._end_of: dict[str, tuple[bytes, tuple[int, ...]]] = {}
+        self._ends_of: dict[str, deque[tuple[bytes, tuple[int, ...]]]] = {}
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -71,25 +75,26 @@ class Conversations:
         self._by_id.move_to_end(id)
         conversation.turns += 1
         conversation.tokens, conversation.decode_worker, conversation.last_used = len(tokens), worker, now
-        self._forget_end(id)
         length = prompt_tokens + (len(tokens) - prompt_tokens) // 2
         parent = hashes[length // BLOCK - 1] if length >= BLOCK else b""
         rest = tuple(tokens[length // BLOCK * BLOCK : length])
         if (other := self._ends.get(parent, {}).get(rest)) is not None:
-            self._forget_end(other)  # two conversations with the same words: the later one is found
+            self._ends_of[other].remove((parent, rest))  # with the same words, the later one is found
         self._ends.setdefault(parent, {})[rest] = id
-        self._end_of[id] = parent, rest
+        ends = self._ends_of.setdefault(id, deque())
+        ends.append((parent, rest))
+        if len(ends) > BRANCHES:
+            self._forget_end(*ends.popleft())
         while len(self._by_id) > self.limit:
             oldest, _ = self._by_id.popitem(last=False)
-            self._forget_end(oldest)
+            for end in self._ends_of.pop(oldest):
+                self._forget_end(*end)
         return conversation
 
-    def _forget_end(self, id: str) -> None:
-        if (end := self._end_of.pop(id, None)) is not None:
-            parent, rest = end
-            del self._ends[parent][rest]
-            if not self._ends[parent]:
-                del self._ends[parent]
+    def _forget_end(self, parent: bytes, rest: tuple[int, ...]) -> None:
+        del self._ends[parent][rest]
+        if not self._ends[parent]:
+            del self._ends[parent]
 
     def lost(self, worker: str) -> None:
         """The worker is gone, and what it had cached."""
@@ -102,5 +107,5 @@ class Conversations:
         count = len(self._by_id)
         self._by_id.clear()
         self._ends.clear()
-        self._end_of.clear()
+        self._ends_of.clear()
         return count

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 WEIGHT = 0.2  # of the newest measurement in a Pace
-KEEP = 0.95  # of the old ones' weight, when a Line is measured once more
+KEEP, FADE = 0.95, 0.99  # of the old ones' weight, when a Line is measured once more, and when it is not
 ORIGIN = (
     0.1  # weight of a measurement at (0, 0) that a Line always has: one size alone gives a time in proportion
 )
@@ -39,14 +39,13 @@ class Line:
 
     def observe(self, units: float, time: float) -> None:
         """Take note that `units` took `time`."""
-        self.fade()
-        old = self._sums if self.measured else (0.0,) * 5
+        old = [KEEP * a for a in self._sums] if self.measured else (0.0,) * 5
         new = (1.0, units, time, units * units, units * time)
         self._sums = tuple(a + b for a, b in zip(old, new, strict=True))  # type: ignore[assignment]
 
     def fade(self) -> None:
         """Trust the measurements a little less; after some of this without a new one, they count as none."""
-        self._sums = tuple(KEEP * a for a in self._sums)  # type: ignore[assignment]
+        self._sums = tuple(FADE * a for a in self._sums)  # type: ignore[assignment]
 
     def __call__(self, units: float) -> float:
         """Return the time that `units` are expected to take."""

@@ -12,7 +12,7 @@ from disagg_tt.serving.pace import Line, Pace
 
 @dataclass(eq=False)
 class Worker:
-    """A rank that serves. The guesses of its speed hold until it, or for a prefill another rank, has been measured."""
+    """A rank that serves; the guesses of its speed hold until it has been measured, at best by its warm-up, before it joins."""
 
     name: str
     role: str

@@ -30,7 +30,11 @@ MODES = ("pd", "ppd", "auto")
 
 @dataclass(frozen=True)
 class Route:
-    """kind: "pd", "ppd", or "local" (computed on the decode rank because there is no other). estimates: ms by kind."""
+    """kind: "pd", "ppd", or "local" (computed on the decode rank because there is no other). estimates: ms by kind.
+
+    reason: one of "mode pd", "first turn", "later turn", "history not here", "cheaper local", "cheaper remote",
+    "delay bound", "prefill queue", "to measure", "no prefill rank".
+    """
 
     kind: str
     decode: str
@@ -199,24 +203,36 @@ class Router:
             conversation = request.conversation
             if conversation is None:
                 return "pd", "first turn"
-            here = conversation.decode_worker == decode.name and cached and 2 * cached >= conversation.tokens
+            history = min(conversation.tokens, len(request.tokens))
+            here = conversation.decode_worker == decode.name and 2 * cached >= history
             return ("ppd", "later turn") if here else ("pd", "history not here")
-        if estimates["pd"] <= estimates["ppd"]:
-            decode.prefill.fade()  # so that a way not taken is tried again some time
+        unknown = [worker for worker in (prefill, decode) if self._line(worker) is None]
+        if unknown == [prefill]:
+            return "pd", "to measure"
+        if estimates["pd"] <= estimates["ppd"] and unknown != [decode]:
+            decode.prefill.fade()  # so that a way not taken is measured again some time
             return "pd", "cheaper remote"
-        lacking = len(request.tokens) - cached
-        delay = self._backlog_ms(decode) + self._prefill_ms(decode, lacking)
+        delay = self._backlog_ms(decode) + self._prefill_ms(decode, len(request.tokens) - cached)
         if decode.running and delay > self.max_delay_steps * decode.step.each:
             if self._backlog_ms(prefill) > self.hopeless * estimates["ppd"]:
                 return "ppd", "prefill queue"
             return "pd", "delay bound"
+        if unknown == [decode]:
+            return "ppd", "to measure"
         prefill.prefill.fade()
         return "ppd", "cheaper local"
 
+    def _line(self, worker: Worker) -> Line | None:
+        """How fast `worker` prefills: as it was measured, else as another of its role was."""
+        lines = (w.prefill for w in [worker, *self.of_role(worker.role)] if w.prefill.measured)
+        return next(lines, None)
+
     def _prefill_ms(self, worker: Worker, tokens: int) -> float:
-        """`tokens` on `worker`; one that is not measured is taken to be as fast as one that is."""
-        measured = (w.prefill for w in [worker, *self.workers.values()] if w.prefill.measured)
-        return next(measured, worker.prefill)(tokens)
+        """`tokens` on `worker`; where its role is not measured, it is taken to be as fast as the other."""
+        line = self._line(worker) or next(
+            (w.prefill for w in self.workers.values() if w.prefill.measured), worker.prefill
+        )
+        return line(tokens)
 
     def _backlog_ms(self, worker: Worker) -> float:
         """What `worker` has to compute already."""
@@ -240,7 +256,10 @@ class Router:
         return ahead * slot_ms + self._backlog_ms(decode)
 
     def prefilled(self, id: str, computed_tokens: int, ms: float) -> None:
-        """The first token is out: `computed_tokens` were computed in `ms` (without the queue), the others were cached."""
+        """The first token is out: `computed_tokens` were computed, the others cached.
+
+        `ms`: of computing alone, without the queue, and on a decode rank without the steps between.
+        """
         request = self.requests.get(id)
         if request is None or request.computing is None:
             return

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from disagg_tt.blocks import BLOCK, BlockPool, chain, extend
 
-STATEFUL = settings(max_examples=150, stateful_step_count=40, deadline=None, derandomize=True)
+STATEFUL = settings(
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],  # a loaded machine
+)
 
 
 def tokens_of(text: str) -> list[int]:

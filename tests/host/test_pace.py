@@ -44,7 +44,7 @@ def test_a_line_follows_what_changes():
 def test_a_line_that_is_not_measured_again_is_a_guess_again():
     line = Line(1.0)
     line.observe(10, 1000.0)
-    for _ in range(20):
+    for _ in range(80):
         line.fade()
     assert not line.measured and line(10) == 10.0
 

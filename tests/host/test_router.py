@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from disagg_tt.blocks import chain
 from disagg_tt.core import DECODE, PREFILL
 from disagg_tt.errors import InputError, OverloadError, PeerError
-from disagg_tt.serving.conversations import Conversations
+from disagg_tt.serving.conversations import BRANCHES, Conversations
 from disagg_tt.serving.ranks import Worker
 from disagg_tt.serving.router import Router
 
-STATEFUL = settings(max_examples=120, stateful_step_count=50, deadline=None, derandomize=True)
+STATEFUL = settings(
+    max_examples=120,
+    stateful_step_count=50,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],  # a loaded machine
+)
 PROMPT = list(range(100, 200))
 
 
 def router(mode: str = "auto", prefill: int = 1, decode: int = 1, **options) -> Router:
-    """Prefill ranks p0, p1, ... and decode ranks d0, d1, ... of 4 slots; 1 ms a token, steps of 20 ms."""
+    """Prefill ranks p0, p1, ... and decode ranks d0, d1, ... of 4 slots; measured: 1 ms a token; steps of 20 ms."""
     made = Router(mode, **options)
     for role, count in ((PREFILL, prefill), (DECODE, decode)):
         for i in range(count):
-            made.join(Worker(f"{role[0]}{i}", role, 4, 64))
+            made.join(worker := Worker(f"{role[0]}{i}", role, 4, 64))
+            worker.prefill.observe(100, 100.0)
     return made
 
 
@@ -66,10 +73,11 @@ def test_ppd_computes_later_turns_where_their_history_is():
     ]
 
 
-def test_ppd_with_the_history_evicted_goes_over_a_prefill_rank():
+@pytest.mark.parametrize("cached", [0, 32])
+def test_ppd_with_the_history_evicted_goes_over_a_prefill_rank(cached):
     made = router("ppd")
     turn(made, "1", PROMPT)
-    route, _ = turn(made, "2", PROMPT + [7] * 40 + [5] * 30, cached=0)
+    route, _ = turn(made, "2", PROMPT + [7] * 40 + [5] * 30, cached=cached)
     assert (route.kind, route.reason) == ("pd", "history not here")
     assert made.workers["d0"].cached_tokens(chain([9] * 64)) == 0
 
@@ -134,12 +142,23 @@ def test_a_hopeless_prefill_queue_is_worth_a_delay():
     assert (route.kind, route.reason) == ("ppd", "prefill queue")
 
 
+def test_a_way_that_was_never_measured_is_measured():
+    made = Router("auto")
+    for name, role in (("p0", PREFILL), ("d0", DECODE)):
+        made.join(Worker(name, role, 4, 64))
+    ways = [turn(made, f"{i}", [i] * 100)[0] for i in range(3)]
+    assert [(way.kind, way.reason) for way in ways] == [
+        ("ppd", "cheaper local"),
+        ("pd", "to measure"),
+        ("ppd", "cheaper local"),
+    ]
+
+
 def test_a_way_not_taken_is_tried_again():
     made = router()
     made.workers["d0"].prefill.observe(100, 5000.0)  # an outlier
-    made.workers["p0"].prefill.observe(100, 100.0)
     kinds = []
-    for i in range(40):
+    for i in range(200):
         made.choose_decode(str(i), [i] * 100)
         route = made.choose_prefill(str(i), 0)
         kinds.append(route.kind)
@@ -174,6 +193,23 @@ def test_a_conversation_stays_where_its_cache_is(mode):
     for i in (2, 0, 1):
         route, why = turn(made, f"later {i}", [i] * 100 + [7] * 40 + [5] * 10)
         assert (route.decode, why) == (homes[i], "cached here")
+
+
+def test_a_conversation_stays_at_its_cache_also_where_more_is_running():
+    made = router(decode=2)
+    home = turn(made, "1", PROMPT)[0].decode
+    while made.workers[home].requests < 3:  # of 4 slots
+        made.choose_decode(f"more {len(made.requests)}", [len(made.requests)] * 50)
+    assert made.choose_decode("2", PROMPT + [7] * 40) == (home, "cached here")
+
+
+def test_a_cache_counts_also_where_nothing_is_gained_in_time():
+    made = router("pd", decode=2)
+    home = turn(made, "1", PROMPT)[0].decode
+    other = {"d0": "d1", "d1": "d0"}[home]
+    made.workers = {name: made.workers[name] for name in ("p0", other, home)}  # not for being the first
+    made.transfer.observe(100, 0.0)
+    assert made.choose_decode("2", PROMPT + [7] * 40) == (home, "cached here")
 
 
 def test_a_conversation_leaves_a_decode_rank_that_is_full():
@@ -212,6 +248,7 @@ def test_a_rank_that_comes_back_has_nothing_cached_and_no_load():
     turn(made, "1", PROMPT)
     begin(made, "2")
     made.join(Worker("d0", DECODE, 4, 64))
+    assert [c.decode_worker for c in made.conversations.newest_first()] == [""]
     made.ended("2")
     worker = made.workers["d0"]
     assert (worker.requests, worker.running, worker.cached_tokens(chain(PROMPT))) == (0, 0, 0)
@@ -278,6 +315,42 @@ def test_the_longest_of_two_conversations_is_continued():
     assert recognised(known, [2], name="short") == "short" and recognised(known, [1] * 100, name="x") is None
 
 
+def test_a_question_can_be_edited_and_an_answer_asked_for_again():
+    known = Conversations()
+    tokens: list[int] = []
+    states = []
+    for turn in range(BRANCHES + 1):
+        prompt = len(tokens) + 20
+        tokens = [*tokens, *[turn] * 20, *[99] * 10]
+        states.append(tokens)
+        known.answered("c", tokens, prompt, chain(tokens), "d0", 0.0)
+    assert [recognised(known, [*state, 5]) for state in states] == [None] + ["c"] * BRANCHES
+
+
+def test_of_two_conversations_with_the_same_words_the_later_is_continued():
+    known = Conversations(limit=2)
+    for name in ("one", "two"):
+        known.answered(name, [1] * 50, 40, chain([1] * 50), "d0", 0.0)
+    assert recognised(known, [1] * 60) == "two"
+    for name in ("three", "two"):
+        known.answered(name, [2] * 50, 40, chain([2] * 50), "d0", 0.0)
+    assert recognised(known, [1] * 60) == "two" and recognised(known, [2] * 60) == "two"
+    assert [c.id for c in known.newest_first()] == ["two", "three"]
+
+
+def test_what_is_deepest_is_taken_to_be_evicted_first():
+    worker = Worker("d0", DECODE, 4, blocks=3)
+    worker.learn(chain([1] * 128))
+    assert worker.cached_tokens(chain([1] * 128)) == 96
+
+
+def test_what_a_slow_wire_does_not_hide_counts():
+    made = router("pd")
+    made.transfer.observe(100, 150.0)
+    made.choose_decode("1", PROMPT)
+    assert made.choose_prefill("1", 0).estimates["pd"] == pytest.approx(100 + 50 + 5)
+
+
 def test_conversations_are_bounded_and_the_one_used_longest_ago_goes():
     known = Conversations(limit=3)
     for i in (0, 1, 2, 0, 3):
@@ -285,7 +358,7 @@ def test_conversations_are_bounded_and_the_one_used_longest_ago_goes():
     assert [c.id for c in known.newest_first()] == ["3", "0", "2"]
     assert recognised(known, [2] * 60) is None and recognised(known, [1] * 60) == "0"
     assert known.newest_first()[1].turns == 2
-    assert known.clear() == 3 and len(known) == 0 and not known._ends and not known._end_of
+    assert known.clear() == 3 and len(known) == 0 and not known._ends and not known._ends_of
 
 
 class Routing(RuleBasedStateMachine):
@@ -296,6 +369,8 @@ class Routing(RuleBasedStateMachine):
         self.router = Router(mode, conversations=5, max_waiting=6)
         self.known: list[list[int]] = []  # prompts with their answers
         self.number = 0
+        for name in ("p0", "d0", "d1"):
+            self.join(name, blocks=8)
 
     @rule(name=st.sampled_from(["p0", "p1", "p2", "d0", "d1", "d2"]), blocks=st.integers(1, 20))
     def join(self, name, blocks):
@@ -303,19 +378,20 @@ class Routing(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def lose(self, data):
-        if self.router.workers:
+        if len(self.router.workers) > 1:
             name = data.draw(st.sampled_from(sorted(self.router.workers)))
             needed = self.router.lost(name)
             for id in needed:
                 request = self.router.requests[id]
                 assert name in {w.name for w in (request.decode, request.computing) if w}
 
-    @rule(mode=st.sampled_from(["pd", "ppd", "auto"]))
-    def change_mode(self, mode):
-        self.router.mode = mode
-
-    @rule(data=st.data(), more=st.lists(st.integers(0, 2), min_size=1, max_size=3))
-    def come(self, data, more):
+    @rule(
+        data=st.data(),
+        more=st.lists(st.integers(0, 2), min_size=1, max_size=3),
+        mode=st.sampled_from(["pd", "ppd", "auto", None]),
+    )
+    def come(self, data, more, mode):
+        self.router.mode = mode or self.router.mode
         history = data.draw(st.sampled_from([[], *self.known]))
         self.number += 1
         full = self.router.waiting >= 6
@@ -347,9 +423,10 @@ class Routing(RuleBasedStateMachine):
     @rule(data=st.data(), evicted=st.booleans())
     def place(self, data, evicted):
         ids = [id for id, request in self.router.requests.items() if not request.started]
-        if not ids:
-            return
-        id = data.draw(st.sampled_from(ids))
+        if ids:
+            self.place_one(data.draw(st.sampled_from(ids)), evicted)
+
+    def place_one(self, id, evicted):
         request, mode = self.router.requests[id], self.router.mode
         cached = 0 if evicted else request.decode.cached_tokens(request.reusable)
         if self.router.workers.get(request.decode.name) is not request.decode:
@@ -372,7 +449,7 @@ class Routing(RuleBasedStateMachine):
             )
         elif route.reason == "delay bound":
             assert route.kind == "pd" and request.decode.running
-        else:
+        elif route.reason != "to measure":
             assert route.estimates[route.kind] == min(route.estimates.values())
 
     @rule(data=st.data(), ms=st.floats(0, 1e4), cached=st.integers(0, 50))
@@ -395,6 +472,16 @@ class Routing(RuleBasedStateMachine):
         self.router.ended(id)
         assert id not in self.router.requests
 
+    @rule(data=st.data(), ms=st.floats(1, 1e4), length=st.integers(1, 60))
+    def serve_the_newest(self, data, ms, length):
+        id = str(self.number)
+        if id in self.router.requests:
+            self.place_one(id, evicted=False)
+            request = self.router.requests[id]
+            self.router.prefilled(id, len(request.tokens), ms)
+            self.router.finished(id, [3] * length, now=float(self.number))
+            self.known = [*self.known[-4:], [*request.tokens, *[3] * length]]
+
     @invariant()
     def load_is_what_is_in_flight_and_memory_is_bounded(self):
         if not hasattr(self, "router"):
@@ -409,7 +496,11 @@ class Routing(RuleBasedStateMachine):
             assert len(worker._known) <= worker.blocks
         conversations = self.router.conversations
         assert len(conversations) <= 5
-        assert sum(map(len, conversations._ends.values())) == len(conversations._end_of) <= 5
+        ends = {
+            (parent, rest): id for parent, rests in conversations._ends.items() for rest, id in rests.items()
+        }
+        of = {end: id for id, own in conversations._ends_of.items() for end in own}
+        assert ends == of and len(of) == sum(map(len, conversations._ends_of.values())) <= 5 * BRANCHES
         assert {c.decode_worker for c in conversations.newest_first()} <= {"", *self.router.workers}
 
 

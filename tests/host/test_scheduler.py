@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from disagg_tt.blocks import BLOCK, BlockPool
@@ -12,7 +12,13 @@ from disagg_tt.errors import OverloadError, PromptError
 from disagg_tt.serving.scheduler import Scheduler, Sequence, State
 
 EOS = 0
-STATEFUL = settings(max_examples=120, stateful_step_count=60, deadline=None, derandomize=True)
+STATEFUL = settings(
+    max_examples=120,
+    stateful_step_count=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],  # a loaded machine
+)
 
 
 def scheduler(slots: int = 4, blocks: int = 64, **options) -> Scheduler:
@@ -270,7 +276,7 @@ class Rank(RuleBasedStateMachine):
     @rule(data=st.data())
     def go(self, data):
         ids = [s.id for s in [*self.sched.waiting, *self.sched.admitted.values()]]
-        if not ids:
+        if len(ids) < 2:
             return
         gone = self.sched.cancel(data.draw(st.sampled_from(ids)))
         assert gone.state is State.ENDED and self.sched.cancel(gone.id) is None
@@ -297,7 +303,11 @@ class Rank(RuleBasedStateMachine):
     def measure(self, kind, time):
         getattr(self.sched, kind).observe(1, time)
 
-    @rule(more=st.integers(0, 4), token=st.integers(0, 9))
+    @rule(arrivals=st.lists(st.integers(0, 4), min_size=1, max_size=10), token=st.integers(0, 9))
+    def steps(self, arrivals, token):
+        for more in arrivals:
+            self.step(more, token)
+
     def step(self, more, token):
         coming = sum(3 - n for n in self.arrived.values())
         arrived = min(more, coming)
