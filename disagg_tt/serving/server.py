@@ -81,6 +81,10 @@ def create_app(backend: Backend, tokenizer: Tokenizer, served: Served) -> FastAP
     async def refuse(request: Request, refusal: Refusal) -> Response:
         return refusal.response()
 
+    @app.exception_handler(Exception)
+    async def fail(request: Request, error: Exception) -> Response:
+        return refusal_of(error).response()
+
     @app.exception_handler(HTTPException)
     async def no_such_route(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path!r:.200}: {error.detail}."

@@ -13,6 +13,7 @@ from disagg_tt.errors import PeerError
 
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.xdist_group("browser"),  # one Chromium at a time
     pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
 ]
 ANSWERS = "[...document.querySelectorAll('#turns li.assistant p')].map((p) => p.textContent)"
