@@ -87,6 +87,25 @@ def test_stopping_ends_the_generation(backend, tokenizer, tmp_path):
     in_browser(backend, tokenizer, tmp_path, drive)
 
 
+def test_a_new_chat_knows_nothing_of_the_one_before(backend, tokenizer, tmp_path):
+    backend.script = lambda wanted: [*backend.says("One two three", wanted)[:3], asyncio.Event()]
+
+    def drive(browser, loop):
+        ask(browser, "Count")
+        browser.until(f"{ANSWERS}[0]")
+        backend.script = lambda wanted: backend.says("Lima.", wanted)
+        browser.evaluate("document.querySelector('#anew').click()")  # while the answer still comes
+        for number in (1, 2):
+            ask(browser, "Where?")
+            browser.until(f"document.querySelectorAll('#turns .cost').length === {number}")
+
+    in_browser(backend, tokenizer, tmp_path, drive)
+    before, first, second = (stream.wanted for stream in backend.streams)
+    assert before.conversation != first.conversation == second.conversation
+    said = tokenizer.decode(second.tokens)
+    assert said.count("Where?") == 2 and "Lima." in said and "Count" not in said and "One" not in said
+
+
 def test_a_failure_is_shown_and_the_question_can_be_sent_again(backend, tokenizer, tmp_path):
     backend.script = lambda wanted: [PeerError("the decode rank died")]
 

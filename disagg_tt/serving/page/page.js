@@ -86,17 +86,18 @@ function cost(response, usage) {
 async function answer() {
   const [turn, said] = addTurn("assistant", "");
   turn.classList.add("writing");
-  running = new AbortController();
+  const chat = messages; // a new chat may begin meanwhile
+  const own = (running = new AbortController());
   showRunning();
   let text = "";
   try {
     const response = await call("/v1/chat/completions", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      signal: running.signal,
+      signal: own.signal,
       body: JSON.stringify({
         model: $("model").textContent,
-        messages,
+        messages: chat,
         conversation_id: conversation,
         stream: true,
         stream_options: { include_usage: true },
@@ -115,17 +116,18 @@ async function answer() {
   } catch (error) {
     const stopped = error.name === "AbortError";
     turn.append(element("small", { text: stopped ? "Stopped." : error.message, className: stopped ? "" : "error" }));
-    if (!stopped && !text) {
-      $("text").value ||= messages.pop().content; // to be sent again
+    if (!text) {
+      const asked = chat.pop().content;
+      if (!stopped) $("text").value ||= asked; // to be sent again
       return;
     }
   } finally {
-    running = null;
+    if (running === own) running = null;
     showRunning();
     turn.classList.remove("writing");
     turn.scrollIntoView({ block: "end" });
   }
-  messages.push({ role: "assistant", content: text });
+  chat.push({ role: "assistant", content: text });
 }
 
 function showRunning() {
@@ -151,6 +153,8 @@ $("text").onkeydown = (event) => {
 $("stop").onclick = () => running?.abort();
 $("anew").onclick = () => {
   running?.abort();
+  running = null;
+  showRunning();
   messages = [];
   conversation = newId();
   $("turns").replaceChildren();
@@ -217,7 +221,7 @@ function transferCard(transfer) {
       track(layer.sent_ms, layer.arrived_ms, "", `layer ${i}: sent ${ms(layer.sent_ms)}, arrived ${ms(layer.arrived_ms)}`),
     ),
     element("small", {
-      text: `${ms(transfer.hidden_ms)} hidden, ${ms(transfer.exposed_ms)} exposed, handover ${ms(transfer.handover_ms)}`,
+      text: `${ms(transfer.hidden_ms)} hidden, ${ms(transfer.exposed_ms)} exposed, handover ${ms(transfer.handover_ms)}; ${(transfer.age_ms / 1000).toFixed(1)} s ago`,
     }),
   );
 }
