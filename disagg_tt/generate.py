@@ -24,10 +24,10 @@ from disagg_tt.device import features, ttnn
 from disagg_tt.device.mesh import close_mesh, open_mesh
 from disagg_tt.kv_stream.base import KVReceiver, RemoteSender
 from disagg_tt.kv_stream.control import Control, Message, clock_offset, expect
+from disagg_tt.kv_stream.host_wire import WireReceiver, WireSender
 from disagg_tt.kv_stream.local import LocalSender
 from disagg_tt.kv_stream.mesh_socket import MeshSocketReceiver, MeshSocketSender
 from disagg_tt.kv_stream.staged import StagedReceiver, StagedSender
-from disagg_tt.kv_stream.wire import WireReceiver, WireSender
 from disagg_tt.link import Link, exchange_hellos
 from disagg_tt.perf import Timeline
 from disagg_tt.prefill import Prefill

@@ -1,6 +1,6 @@
 """The mpi wire: plain MPI messages between two ranks, staged through host memory.
 
-The frames of `wire` travel as messages with tag FRAME, and a layer's bytes as one message with tag BYTES whatever its
+The frames of `host_wire` travel as messages with tag FRAME, and a layer's bytes as one message with tag BYTES whatever its
 extents: MPI gathers and scatters them by a datatype. Waits poll, since MPI's own have no deadline; they poll busily at
 first, because only calls make MPI move bytes.
 """
@@ -14,7 +14,7 @@ import torch
 
 from disagg_tt.errors import PeerError, StreamError
 from disagg_tt.kv_stream.frame import HEADER_BYTES, SMALL_BYTES, Header, Kind, parse_header
-from disagg_tt.kv_stream.wire import Channel, Extents, WireReceiver, WireSender
+from disagg_tt.kv_stream.host_wire import Channel, Extents, WireReceiver, WireSender
 
 FRAME, BYTES = 7001, 7002
 BUSY_S = 0.05  # of polling without a pause

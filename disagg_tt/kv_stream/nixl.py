@@ -21,8 +21,8 @@ import torch
 
 from disagg_tt.errors import DisaggError, InputError, PeerError, StreamError
 from disagg_tt.kv_stream.frame import Header, Kind, encode_descriptors, parse_descriptors, parse_header
+from disagg_tt.kv_stream.host_wire import Extents, coalesce, expect, tell
 from disagg_tt.kv_stream.tcp import TcpChannel, TcpReceiver, TcpSender
-from disagg_tt.kv_stream.wire import Extents, coalesce, expect, tell
 
 LEASE_S = 30.0
 BUSY_S = 0.002  # of polling without a pause

@@ -20,7 +20,7 @@ import torch
 
 from disagg_tt.errors import DisaggError, InputError, PeerError, StreamError
 from disagg_tt.kv_stream.frame import HEADER_BYTES, Header, Kind, parse_header, view_of
-from disagg_tt.kv_stream.wire import Channel, WireReceiver, WireSender, expect, tell
+from disagg_tt.kv_stream.host_wire import Channel, WireReceiver, WireSender, expect, tell
 from disagg_tt.transfer_config import is_loopback
 
 NONCE_BYTES = 32

@@ -16,8 +16,8 @@ import torch
 
 from disagg_tt.errors import InputError, PeerError
 from disagg_tt.kv_stream.frame import HEADER_BYTES, Header, Kind, parse_header
+from disagg_tt.kv_stream.host_wire import Channel, Extents, WireReceiver, WireSender
 from disagg_tt.kv_stream.tcp import listen
-from disagg_tt.kv_stream.wire import Channel, Extents, WireReceiver, WireSender
 from disagg_tt.transfer_config import is_loopback
 
 BACKENDS = ("gloo", "nccl")

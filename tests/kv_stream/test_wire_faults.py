@@ -22,9 +22,9 @@ from wire_ends import CASES, PLAN, begun, outcome, pair, receive, run_ends, send
 
 from disagg_tt.errors import DisaggError, PeerError, StreamError
 from disagg_tt.kv_stream.frame import DESCRIPTOR, Header, Kind
+from disagg_tt.kv_stream.host_wire import Plan
 from disagg_tt.kv_stream.tcp import MOST_UNPROVEN, TcpReceiver, TcpSender
-from disagg_tt.kv_stream.wire import Plan
-from disagg_tt.mpi import job_folder, mpi_environment, mpirun_command
+from disagg_tt.mpirun import job_folder, mpi_environment, mpirun_command
 
 SOON_S = 0.4  # the deadline where the test waits for it
 LATE_S = 10.0  # a loaded machine's delay

@@ -1,4 +1,4 @@
-"""Every wire keeps the contract of `wire`: one suite of cases, run over each."""
+"""Every wire keeps the contract of `host_wire`: one suite of cases, run over each."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import wire_ends
 from wire_ends import CASES, LAYERS, PLAN, values
 
 from disagg_tt.errors import InputError
+from disagg_tt.kv_stream.host_wire import coalesce
 from disagg_tt.kv_stream.tcp import TcpReceiver
 from disagg_tt.kv_stream.torch_distributed import TorchReceiver
-from disagg_tt.kv_stream.wire import coalesce
 
 nccl = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="nccl needs 2 CUDA devices")
 THREADED = ["tcp", "nixl", "gloo", pytest.param("nccl", marks=nccl)]

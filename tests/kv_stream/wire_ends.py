@@ -21,11 +21,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from disagg_tt.errors import DisaggError, StreamError
+from disagg_tt.kv_stream.host_wire import Plan, WireReceiver, WireSender
 from disagg_tt.kv_stream.nixl import NixlReceiver, NixlSender
 from disagg_tt.kv_stream.tcp import TcpReceiver, TcpSender
 from disagg_tt.kv_stream.torch_distributed import TorchReceiver, TorchSender
-from disagg_tt.kv_stream.wire import Plan, WireReceiver, WireSender
-from disagg_tt.mpi import job_folder, mpi_environment, mpirun_command
+from disagg_tt.mpirun import job_folder, mpi_environment, mpirun_command
 
 DEADLINE_S = 30.0
 LAYERS, BLOCK, BLOCKS = 4, 1001, 24

@@ -10,7 +10,7 @@ from typing import Any
 from disagg_tt.config import Options
 from disagg_tt.errors import InputError
 from disagg_tt.kv_stream.control import Control, expect, own_host
-from disagg_tt.kv_stream.wire import WireReceiver, WireSender
+from disagg_tt.kv_stream.host_wire import WireReceiver, WireSender
 
 Wire = WireSender | WireReceiver
 
