@@ -101,7 +101,7 @@ class _End(ABC):
         self.failure: str | None = None
         self._verify, self._next = verify, 0
         self._channel: Any = None  # of the wire's own kind
-        self._layouts: dict[tuple[tuple[int, int], ...], Layout] = {}  # by where the extents lie
+        self._layouts: dict[tuple[tuple[int, ...], ...], Layout] = {}  # by the extents' places and sizes
 
     def register(self, memory: Sequence[torch.Tensor]) -> None:  # noqa: B027 (most wires need nothing)
         """Make `memory`, where all extents lie, known to the wire, once and before the first stream."""
@@ -128,14 +128,14 @@ class _End(ABC):
         plan = self._planned()
         if layer != self._next or layer >= plan.layers:
             raise StreamError(f"{self.name}: layer {layer} of {plan.layers}; layer {self._next} is next")
-        size = sum(extent.numel() for extent in extents)
-        if size != plan.layer_bytes or any(e.dtype != torch.uint8 or not e.is_contiguous() for e in extents):
+        sizes, whole = tuple(map(torch.Tensor.numel, extents)), all(map(torch.Tensor.is_contiguous, extents))
+        if sum(sizes) != plan.layer_bytes or {e.dtype for e in extents} != {torch.uint8} or not whole:
             raise StreamError(
-                f"{self.name}: layer {layer} has {size:,} bytes of {', '.join(sorted({str(e.dtype) for e in extents}))}; "
+                f"{self.name}: layer {layer} has {sum(sizes):,} bytes of {', '.join(sorted({str(e.dtype) for e in extents}))}; "
                 f"the plan says {plan.layer_bytes:,} bytes, contiguous uint8"
             )
         self._next += 1
-        where = tuple((extent.data_ptr(), extent.numel()) for extent in extents)
+        where = tuple(map(torch.Tensor.data_ptr, extents)), sizes
         if where not in self._layouts:
             if len(self._layouts) >= MOST_LAYOUTS:
                 self._forget_layouts()
