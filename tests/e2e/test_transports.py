@@ -141,14 +141,37 @@ def test_a_program_whose_peer_never_comes_says_so(role, reason):
     assert reason in result.err
 
 
-def test_ranks_of_a_hostfile_give_the_tokens_of_one_mesh(tmp_path):
-    hosts = tmp_path / "hosts"
-    hosts.write_text("localhost slots=2\n")
+FAKE_SSH = """#!/bin/sh
+host=$1; shift
+exec /bin/sh -c "$*"
+"""
+
+
+@pytest.mark.parametrize(
+    "hosts", ["localhost slots=2\n", "localhost slots=1\nother slots=1\n"], ids=["one", "two"]
+)
+def test_ranks_on_the_hosts_of_a_hostfile_give_the_tokens_of_one_mesh(hosts, tmp_path):
+    """The second host is this machine too, reached by a program in ssh's place: mpirun starts a daemon of its own there."""
+    file, ssh = tmp_path / "hosts", tmp_path / "ssh"
+    file.write_text(hosts)
+    ssh.write_text(FAKE_SSH)
+    ssh.chmod(0o700)
+    own: list[str] = []
+    for name, value in (
+        ("plm_ssh_agent", ssh),
+        *((f"prte_{n}_tmpdir_base", tmp_path / n) for n in ("local", "remote")),
+    ):
+        own += ["--prtemca", name, str(value)]
+    mpirun = [
+        str(Path(sys.executable).parent / "mpirun"),
+        "--hostfile",
+        str(file),
+        *own,
+        "-x",
+        "DISAGG_TT_DEVICE",
+    ]
     generate = [sys.executable, "-m", "disagg_tt", "generate", "--transport", "mpi", "--json", *FLAGS]
-    command = [
-        str(Path(sys.executable).parent / "mpirun"), "--hostfile", str(hosts), "-x", "DISAGG_TT_DEVICE", "-n", "2",
-    ]  # fmt: skip
-    done = run([*command, *generate])
+    done = run([*mpirun, "-x", "PYTHONPATH", "-n", "2", *generate])
     assert done.tokens() == expected("bfloat8_b")
     assert done.left == []
 
