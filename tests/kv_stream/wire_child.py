@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from wire_ends import ENDS, PLAN, outcome, receive, send, values
 
+START_S = 120.0  # of waiting for another process, which a loaded machine starts slowly
+
 
 def made(role: str, kind: str, port: int) -> Any:
     if kind == "mpi":
@@ -22,7 +24,8 @@ def made(role: str, kind: str, port: int) -> Any:
         from disagg_tt.kv_stream.mpi_programs import MpiProgramSender as sender
     else:
         sender, receiver = ENDS[kind]
-    return sender("127.0.0.1", port) if role == "prefill" else receiver(port=port)
+    own = {"port": port, "deadline_s": START_S}
+    return sender("127.0.0.1", **own) if role == "prefill" else receiver(**own)
 
 
 def stream(role: str, kind: str, port: int, until: int) -> None:
