@@ -91,7 +91,8 @@ class CommandQueue:
 
         `peer` is the socket that the work is a transfer of.
         """
-        self.check()
+        if self._error is not None:
+            raise self._error
         if self._captured is not None:
             if waits:
                 self.need_no_capture(name)

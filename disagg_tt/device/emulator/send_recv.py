@@ -148,7 +148,7 @@ def _settle(socket: MeshSocket, queue: CommandQueue, fifo: int, number: int, wha
         taken = channel.taken()
         while unsettled and unsettled[0][0] <= taken:
             unsettled.popleft()
-        return sum(size for _, size in unsettled) <= fifo or queue.next_is(socket)
+        return queue.next_is(socket) or sum(size for _, size in unsettled) <= fifo
 
     if not settled():
         channel.until(settled, unsettled[0][0], what)
