@@ -174,7 +174,7 @@ def _need_blocks(
 def _rms_norm(
     values: torch.Tensor, shape: tuple[int], weight: torch.Tensor | None, epsilon: float
 ) -> torch.Tensor:
-    """The same numbers as F.rms_norm, which takes longer: half as long again for a few rows, more for many."""
+    """The same numbers as F.rms_norm, which takes longer: by a fifth for 32 rows, by more for many."""
     out = values * torch.mean(values * values, -1, keepdim=True).add_(epsilon).rsqrt_()
     return out if weight is None else out.mul_(weight)
 
