@@ -74,10 +74,7 @@ class Batch:
                 tokens[slot], positions[slot] = row.token, row.position
             self.model.set_decode_inputs(self._inputs, tokens, positions)
             self._stale = False
-        if self._trace is None:
-            self._run()
-        else:
-            ttnn.execute_trace(self.model.mesh, self._trace, cq_id=0, blocking=False)
+        self._run()
         chosen = self._choose()
         for slot, row in self.rows.items():
             row.token = chosen[slot].token
@@ -85,7 +82,14 @@ class Batch:
         return chosen
 
     def _run(self) -> None:
-        """Enqueue one step; it ends with the likeliest tokens in the inputs of the next."""
+        """Enqueue one step, as a trace where there is one."""
+        if self._trace is None:
+            self._enqueue()
+        else:
+            ttnn.execute_trace(self.model.mesh, self._trace, cq_id=0, blocking=False)
+
+    def _enqueue(self) -> None:
+        """Enqueue one step's ops; it ends with the likeliest tokens in the inputs of the next."""
         self._logits = self.model.decode_step(self._inputs, self.cache)
         ttnn.copy(self.model.greedy(self._logits), self._inputs.tokens)
 
@@ -105,17 +109,24 @@ class Batch:
             ids[0, slot] = (row.token + 1) % self.model.config.vocab_size
         return ids
 
-    def warm_up(self) -> None:
-        """Compile a step with every slot in use, and capture it if asked; it writes to pages that no request has yet."""
+    def warm_up(self) -> float:
+        """Compile a step with every slot in use, capture it if asked, and return what one takes, ms.
+
+        It writes to the first page, which no request has yet.
+        """
         mesh, slots = self.model.mesh, self.cache.slots
         self.model.set_decode_inputs(self._inputs, [0] * slots, [0] * slots)
-        self._run()
+        self._enqueue()
         ttnn.synchronize_device(mesh)
         if self._enable_trace:
             self._trace = ttnn.begin_trace_capture(mesh, cq_id=0)
-            self._run()
+            self._enqueue()
             ttnn.end_trace_capture(mesh, self._trace, cq_id=0)
+        started = time.monotonic()
+        self._run()
+        ttnn.synchronize_device(mesh)
         self._stale = True
+        return (time.monotonic() - started) * 1e3
 
     def close(self) -> None:
         """Release the trace."""

@@ -28,7 +28,6 @@ from disagg_tt.perf import transfer_times
 from disagg_tt.prefill import first_token
 from disagg_tt.run import Run
 from disagg_tt.serving.connection import Connection
-from disagg_tt.serving.prefill_rank import CHUNK
 from disagg_tt.serving.protocol import (
     First,
     Landed,
@@ -41,7 +40,7 @@ from disagg_tt.serving.protocol import (
     Token,
     Tokens,
 )
-from disagg_tt.serving.rank import Rank, as_message, sequence_of
+from disagg_tt.serving.rank import CHUNK, Rank, as_message, sequence_of
 from disagg_tt.serving.scheduler import Chunk, Scheduler, Sequence, State
 
 
@@ -104,11 +103,8 @@ class DecodeRank(Rank):
         self._inlets[peer] = _Inlet(peer, link, receiver, offset)
 
     def warm_up(self) -> None:
-        """Compile a step's and a chunk's programs; what they write no prompt finds."""
-        self.batch.warm_up()
-        blocks = [0] * (CHUNK // BLOCK)
-        logits = self.model.prefill_chunk([0] * CHUNK, 0, self.cache, blocks, lambda layer, k, v: None)
-        self.model.greedy(logits)
+        super().warm_up()
+        self._step_ms = self.batch.warm_up()
 
     # ---------------------------------------------------------------- messages
 

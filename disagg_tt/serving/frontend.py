@@ -95,7 +95,12 @@ class Frontend:
 
     def _on_join(self, worker: Worker) -> None:
         about = worker.about
-        self.router.join(RoutedWorker(about.name, about.role, about.slots, about.blocks))
+        routed = RoutedWorker(about.name, about.role, about.slots, about.blocks)
+        for tokens, ms in about.prefill_ms:
+            routed.prefill.observe(tokens, ms)
+        if about.step_ms:
+            routed.step.observe(1, about.step_ms)
+        self.router.join(routed)
         self.roles_seen.add(about.role)
         self.joined.set()
         self.joined = asyncio.Event()

@@ -27,10 +27,8 @@ from disagg_tt.prefill import first_token
 from disagg_tt.run import Run
 from disagg_tt.serving.connection import Connection
 from disagg_tt.serving.protocol import Connect, First, Message, Prefill
-from disagg_tt.serving.rank import Rank, as_message, sequence_of
+from disagg_tt.serving.rank import CHUNK, Rank, as_message, sequence_of
 from disagg_tt.serving.scheduler import Chunk, Scheduler, Sequence
-
-CHUNK = 512  # tokens of a prompt that are computed, and streamed, in one piece
 
 
 @dataclass
@@ -63,11 +61,6 @@ class PrefillRank(Rank):
     def add_link(self, peer: str, link: Link) -> None:
         """Let prompts be streamed to `peer`."""
         self._links[peer] = (link, link.sender(self.run, CHUNK))
-
-    def warm_up(self) -> None:
-        """Compile a chunk's programs; what it writes no prompt finds."""
-        self.model.greedy(self.model.prefill_chunk([0] * CHUNK, 0, self.cache, [0] * (CHUNK // 32), _nowhere))
-        ttnn.synchronize_device(self.model.mesh)
 
     @property
     def busy(self) -> bool:

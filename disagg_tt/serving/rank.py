@@ -5,7 +5,10 @@ The loop never waits while there is work. It ends when the hub says stop, or is 
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import zmq
@@ -15,6 +18,7 @@ from disagg_tt.blocks import BLOCK
 from disagg_tt.cache import PagedCache
 from disagg_tt.errors import InputError, OverloadError
 from disagg_tt.model.llama import Llama
+from disagg_tt.prefill import first_token
 from disagg_tt.run import Run
 from disagg_tt.serving import protocol
 from disagg_tt.serving.connection import Connection
@@ -23,6 +27,7 @@ from disagg_tt.serving.protocol import Cancel, Failed, Message, Register, Stop, 
 from disagg_tt.serving.scheduler import Scheduler, Sequence
 from disagg_tt.tokens import Logprob, Sampling
 
+CHUNK = 512  # tokens of a prompt that are computed, and streamed, in one piece
 IDLE_MS = 100  # between two looks at what no socket tells of
 
 
@@ -36,12 +41,21 @@ class Rank(ABC):
         self.hub, self.scheduler, self.pool = hub, scheduler, scheduler.pool
         self.meet: Meeting | None = None  # where workers that were started by hand find each other
         self.stopping = False
+        self._prefill_ms: list[tuple[int, float]] = []
+        self._step_ms = 0.0
+
+    def warm_up(self) -> None:
+        """Compile what the rank runs, and measure it; what that writes to the cache no prompt finds."""
+        for tokens in (BLOCK, CHUNK):
+            self._prefill_ms.append((tokens, second_ms(partial(self._dry_chunk, tokens))))
+
+    def _dry_chunk(self, tokens: int) -> None:
+        blocks = [0] * (tokens // BLOCK)
+        logits = self.model.prefill_chunk([0] * tokens, 0, self.cache, blocks, lambda layer, k, v: None)
+        first_token(self.model, logits, tokens, Sampling())
 
     def register(self, name: str, settings: dict[str, str], *, in_job: bool) -> None:
         """Join the hub as `name`; raises PeerError or StreamError where that fails."""
-        config = self.run.config
-        element = 1088 / 1024 if self.run.options.kv_dtype == "bfloat8_b" else 2
-        elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
         def message(proof: str) -> Register:
             return Register(
@@ -54,7 +68,8 @@ class Rank(ABC):
                 slots=self.scheduler.slots,
                 blocks=self.pool.blocks,
                 max_seq_len=self.cache.blocks_per_slot * BLOCK,
-                bytes_per_token=int(elements * element),
+                prefill_ms=self._prefill_ms,
+                step_ms=self._step_ms,
             )
 
         self.hub.join(message)
@@ -132,6 +147,14 @@ class Rank(ABC):
             blocks_cached=self.pool.cached,
             doing=self.doing(),
         )
+
+
+def second_ms(work: Callable[[], None]) -> float:
+    """Do `work` twice; return how long the second time took, ms: the first compiles."""
+    work()
+    started = time.monotonic()
+    work()
+    return (time.monotonic() - started) * 1e3
 
 
 def sequence_of(wanted: Wanted, max_new_tokens: int, most_cached: float = float("inf")) -> Sequence:
