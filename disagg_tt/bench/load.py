@@ -26,13 +26,14 @@ from disagg_tt.serving.metrics import PREFIX
 START_S, STOP_S = 300.0, 60.0
 PATIENCE_S = 600.0  # for one answer: a benchmark is watched by whoever started it
 POLL_S = 0.1
+clock = time.perf_counter
 
 
 @dataclass(frozen=True)
 class Reply:
     """One answer as its client saw it.
 
-    sent_at, arrived_at: when the request was sent and each chunk with text came, s of time.perf_counter(). tokens: of the
+    sent_at, arrived_at: when the request was sent and each chunk with text came, s of `clock`. tokens: of the
     answer. id, route: the server's, from its headers.
     """
 
@@ -85,13 +86,13 @@ class Client:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        sent_at, events, pending = time.perf_counter(), [], b""
+        sent_at, events, pending = clock(), [], b""
         try:
             async with self._http.stream("POST", "/v1/completions", json=body) as response:
                 if response.status_code != 200:
                     raise PeerError(f"HTTP {response.status_code}: {(await response.aread())[:500]!r}")
                 async for data in response.aiter_raw():
-                    now = time.perf_counter()
+                    now = clock()
                     *whole, pending = (pending + data).split(b"\n\n")
                     events += [(now, event) for event in whole]
         except httpx.HTTPError as error:
@@ -209,7 +210,7 @@ def servers(flags: Mapping[str, Sequence[str]], ranks: Mapping[str, int]) -> Ite
     with tempfile.TemporaryDirectory(prefix="disagg-tt-bench-") as folder:
         try:
             for name, words in flags.items():
-                log = (Path(folder) / f"{len(started)}.log").open("w+b")
+                log: IO[bytes] = (Path(folder) / f"{len(started)}.log").open("w+b")
                 command = [sys.executable, "-m", "disagg_tt", "serve", "--port", "0", *words]
                 process = subprocess.Popen(
                     tied(command, signal.SIGTERM),
@@ -245,6 +246,6 @@ def _url(process: subprocess.Popen[bytes], log: IO[bytes], ranks: int) -> str:
 
 
 async def sleep_until(at: float) -> None:
-    """Sleep until `at`, s of time.perf_counter()."""
-    if (left := at - time.perf_counter()) > 0:
+    """Sleep until `at`, s of `clock`."""
+    if (left := at - clock()) > 0:
         await asyncio.sleep(left)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -96,7 +95,8 @@ async def converse(client: Client, prompts: Prompts, plan: argparse.Namespace) -
             )
         )
         histories = [
-            [*h, *prompts.of_text(r.text, plan.output_tokens)] for h, r in zip(histories, replies, strict=True)
+            [*h, *prompts.of_text(r.text, plan.output_tokens)]
+            for h, r in zip(histories, replies, strict=True)
         ]
     return found
 
@@ -135,7 +135,11 @@ async def measure(
                     bar.update()
         if FULL in urls and "pd" in urls:
             ten = argparse.Namespace(
-                turns=plan.growth_turns, history_tokens=100, input_tokens=90, output_tokens=10, conversations=1
+                turns=plan.growth_turns,
+                history_tokens=100,
+                input_tokens=90,
+                output_tokens=10,
+                conversations=1,
             )
             growth = {way: await once(way, ten) for way in (FULL, "pd")}
     return found, growth
