@@ -34,7 +34,7 @@ class Reply:
     """One answer as its client saw it.
 
     sent_at, arrived_at: when the request was sent and each chunk with text came, s of `clock`. tokens: of the
-    answer. id, route: the server's, from its headers.
+    answer. id: the completion's. route: the way that its prompt took.
     """
 
     sent_at: float
@@ -123,7 +123,7 @@ class Client:
 
 
 def _reply(sent_at: float, events: Sequence[tuple[float, bytes]], headers: Mapping[str, str]) -> Reply:
-    arrived_at, text, usage = [], "", None
+    arrived_at, text, id, usage = [], "", "", None
     for at, event in events:
         data = event.removeprefix(b"data: ")
         if data == b"[DONE]":
@@ -132,6 +132,7 @@ def _reply(sent_at: float, events: Sequence[tuple[float, bytes]], headers: Mappi
         if "error" in chunk:
             raise PeerError(f"the stream ended with {chunk['error']}")
         usage = chunk.get("usage") or usage
+        id = chunk["id"]
         if chunk["choices"]:
             arrived_at.append(at)
             text += chunk["choices"][0]["text"]
@@ -144,7 +145,7 @@ def _reply(sent_at: float, events: Sequence[tuple[float, bytes]], headers: Mappi
         usage["prompt_tokens_details"]["cached_tokens"],
         usage["completion_tokens"],
         text,
-        headers["x-request-id"],
+        id,
         headers.get("x-route", ""),
     )
 
