@@ -184,7 +184,9 @@ def main(argv: Sequence[str]) -> int:
     from disagg_tt.bench.load import servers
     from disagg_tt.bench.table import table
     from disagg_tt.processes import signals_raise
+    from disagg_tt.report import configure_logging
 
+    configure_logging("bench")
     modes = [mode for mode in MODES if mode in plan.modes]
     with ExitStack() as closing:
         closing.enter_context(signals_raise())

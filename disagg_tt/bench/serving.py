@@ -42,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flags.add_argument("--rows", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    flags.add_argument(
+        "--rows", dest="parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all"
+    )
     flags.add_argument("--request-rate", type=float, default=float("inf"), help="requests/s, Poisson; inf: all at once (default)")  # fmt: skip
     flags.add_argument("--num-prompts", type=int, default=32, help="of a repeat (default: 32)")
     flags.add_argument("--random-input-len", type=_lengths, default=(128, 128), metavar="A[-B]", help="tokens (default: 128)")  # fmt: skip
@@ -158,7 +160,7 @@ async def measure(urls: dict[str, str], plan: argparse.Namespace) -> dict[str, A
             raise InputError(f"a prompt and its answer have up to {longest} tokens; the model takes {limit}")
         for client in clients.values():  # warms up
             await offer(client, prompts, argparse.Namespace(**{**vars(plan), "num_prompts": 4}), plan.seed)
-        parts = [part for part in PARTS if part in plan.rows]
+        parts = [part for part in PARTS if part in plan.parts]
         with tqdm(total=len(parts), unit="part", disable=not sys.stderr.isatty(), file=sys.stderr) as bar:
             for part in parts:
                 if part == "load":
@@ -178,7 +180,9 @@ def main(argv: Sequence[str]) -> int:
     from disagg_tt.bench.load import servers
     from disagg_tt.bench.table import json_line, table
     from disagg_tt.processes import signals_raise
+    from disagg_tt.report import configure_logging
 
+    configure_logging("bench")
     with ExitStack() as closing:
         closing.enter_context(signals_raise())
         if plan.url:

@@ -189,7 +189,7 @@ def plot(found: Mapping[str, Repeats], path: Path) -> None:
             by_number = list(zip(*repeats, strict=True))
             medians = [statistics.median(getattr(turn, name) for turn in turns) for turns in by_number]
             axes.plot(range(1, len(medians) + 1), medians, marker="o", label=way)
-        axes.set(xlabel="turn", ylabel=title, ylim=(0, None))
+        axes.set(xlabel="turn", ylabel=title, ylim=(0, None), xticks=range(1, len(by_number) + 1))
     panels[0].legend()
     try:
         figure.savefig(path)
