@@ -35,6 +35,7 @@ class Reply:
 
     sent_at, arrived_at: when the request was sent and each chunk with text came, s of `clock`. tokens: of the
     answer. id: the completion's. route: the way that its prompt took.
+    budget_ms: what the server says its time to the first token went to.
     """
 
     sent_at: float
@@ -45,6 +46,7 @@ class Reply:
     text: str
     id: str
     route: str
+    budget_ms: dict[str, float]
 
     @property
     def ttft_ms(self) -> float:
@@ -138,6 +140,7 @@ def _reply(sent_at: float, events: Sequence[tuple[float, bytes]], headers: Mappi
             text += chunk["choices"][0]["text"]
     if usage is None:
         raise PeerError("the stream ended without its usage")
+    budget = (part.partition("=") for part in headers.get("x-time-budget", "").split(",") if part)
     return Reply(
         sent_at,
         tuple(arrived_at),
@@ -147,6 +150,7 @@ def _reply(sent_at: float, events: Sequence[tuple[float, bytes]], headers: Mappi
         text,
         id,
         headers.get("x-route", ""),
+        {name: float(ms) for name, _, ms in budget},
     )
 
 

@@ -36,6 +36,7 @@ def times(replies: Sequence[Reply]) -> dict[str, list[float]]:
 def summary(repeats: Sequence[Mapping[str, Any]], goals: Mapping[str, float]) -> dict[str, Any]:
     """Return one side's figures: percentiles over all repeats' requests, ms; medians of the repeats' rates, 1/s.
 
+    budget_ms: what the servers say that the mean time to the first token went to, by part.
     goodput: requests/s that kept every limit of `goals` (ms), None without goals.
     """
     replies = [reply for repeat in repeats for reply in repeat["replies"]]
@@ -56,6 +57,10 @@ def summary(repeats: Sequence[Mapping[str, Any]], goals: Mapping[str, float]) ->
         if values:
             figures = np.mean(values), np.median(values), np.percentile(values, 99)
             found[name] = dict(zip(FIGURES, map(float, figures), strict=True))
+    found["budget_ms"] = {
+        part: statistics.mean(reply.budget_ms[part] for reply in replies)
+        for part in (replies[0].budget_ms if replies else ())
+    }
     return found
 
 
@@ -86,6 +91,11 @@ def table(summaries: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) ->
         for figure in FIGURES:
             if all(metric in each for each in summaries.values()):
                 add(f"{figure} {NAMES[metric]}, ms", [each[metric][figure] for each in summaries.values()])
+    for part in next(iter(summaries.values()))["budget_ms"] if "ttft" in metrics else ():
+        add(
+            f"  of the mean first token: {part}, ms",
+            [each["budget_ms"].get(part, 0.0) for each in summaries.values()],
+        )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(t.rjust(w) if i else t.ljust(w) for i, (t, w) in enumerate(zip(line, widths, strict=True)))

@@ -71,6 +71,7 @@ def test_serving_measures_every_part(capsys: pytest.CaptureFixture[str], tmp_pat
     tokens = set()
     for side in result["load"].values():
         assert (side["completed"], side["failed"]) == (4, 0)
+        assert 0 < sum(side["budget_ms"].values()) <= side["ttft"]["mean"]
         assert side["goodput"] == side["requests_per_s"] > 0
         for metric in serving.METRICS:
             assert 0 < side[metric]["median"] <= side[metric]["p99"]
@@ -126,7 +127,7 @@ def test_prompts_share_no_block_and_come_back_from_text() -> None:
 
 def reply(first_s: float, every_s: float, tokens: int) -> Reply:
     at = tuple(100.0 + first_s + i * every_s for i in range(tokens))
-    return Reply(100.0, at, 10, 0, tokens, "", "id", "pd")
+    return Reply(100.0, at, 10, 0, tokens, "", "id", "pd", {"queue": first_s * 250, "prefill": first_s * 750})
 
 
 def test_percentiles_and_goodput_are_of_the_replies() -> None:
@@ -138,6 +139,7 @@ def test_percentiles_and_goodput_are_of_the_replies() -> None:
     assert (found["requests_per_s"], found["goodput"], found["output_tokens_per_s"]) == (1.0, 0.5, 4.0)
     assert found["ttft"]["median"] == pytest.approx(200) and found["tpot"]["mean"] == pytest.approx(15)
     assert found["itl"]["mean"] == pytest.approx((4 * 10 + 2 * 20) / 6)
+    assert found["budget_ms"] == pytest.approx({"queue": 50, "prefill": 150})
     assert found["e2el"]["p99"] == pytest.approx(340, rel=0.01)
 
 
