@@ -156,8 +156,7 @@ def _check_length(plan: argparse.Namespace, limit: int) -> None:
 
 def checked(argv: Sequence[str]) -> argparse.Namespace:
     """Return the flags; raises InputError for one that will not do."""
-    from importlib.util import find_spec
-
+    from disagg_tt.bench.table import check_files
     from disagg_tt.config import check_number
 
     plan = parser().parse_args(argv)
@@ -169,11 +168,7 @@ def checked(argv: Sequence[str]) -> argparse.Namespace:
         plan.history_tokens = plan.input_tokens
     for name in ("turns", "input_tokens", "history_tokens", "output_tokens", "conversations", "repeats", "threads"):  # fmt: skip
         check_number("--" + name.replace("_", "-"), getattr(plan, name), 1, 2**20)
-    for flag, file in (("--json", plan.json), ("--plot", plan.plot)):
-        if file and not file.parent.is_dir():
-            raise InputError(f"{flag} {file}: the folder {file.parent} does not exist")
-    if plan.plot and not find_spec("matplotlib"):
-        raise InputError("--plot needs matplotlib: pip install 'disagg_tt[plot]'")
+    check_files(plan.json, plan.plot)
     return plan
 
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from disagg_tt.bench.load import clock
+from disagg_tt.bench.serving import PAIR
 from disagg_tt.bench.table import Row
 from disagg_tt.errors import PeerError
 
 if TYPE_CHECKING:
     from disagg_tt.bench.load import Client, Prompts, Reply
 
-PAIR = "two meshes"
 HANDOVER_MS = 10.0  # the goal
 
 
@@ -133,27 +133,25 @@ async def handover(clients: Mapping[str, Client], prompts: Prompts, effort: Effo
 
 
 async def bandwidth(clients: Mapping[str, Client], prompts: Prompts, effort: Effort) -> list[Row]:
-    """GB/s from a prompt's first layer to its last, prefill between them, and of a layer; reference `bench kv`."""
+    """GB/s from a prompt's first layer to its last, its prefill between them, and each layer's way; reference `bench kv`."""
     client = clients[PAIR]
-    whole: dict[int, list[float]] = {}
-    layer: dict[int, list[float]] = {}
+    rates: dict[int, list[float]] = {tokens: [] for tokens in effort.prompts}
+    ways: dict[int, list[float]] = {tokens: [] for tokens in effort.prompts}
     await client.set_mode("pd")
     for _ in range(effort.repeats):
         for tokens in effort.prompts:
             found = await _transfer(client, prompts, tokens)
-            whole.setdefault(tokens, []).append(
-                found["bytes"] / (found["hidden_ms"] + found["exposed_ms"]) / 1e6
+            rates[tokens].append(found["bytes"] / (found["hidden_ms"] + found["exposed_ms"]) / 1e6)
+            ways[tokens].append(
+                statistics.median(span["arrived_ms"] - span["sent_ms"] for span in found["layers"])
             )
-            took = statistics.median(span["arrived_ms"] - span["sent_ms"] for span in found["layers"])
-            layer.setdefault(tokens, []).append(found["bytes"] / len(found["layers"]) / took / 1e6)
     await client.set_mode(effort.mode)
     rows = []
     for row in await asyncio.to_thread(_bench_kv, effort):
         tokens = row["tokens"]
-        rows += [
-            Row("bandwidth", f"{tokens} tokens, all layers", statistics.median(whole[tokens]), row["rate"] / 1e9, "GB/s"),
-            Row("bandwidth", f"{tokens} tokens, a layer", statistics.median(layer[tokens]), row["layer_rate"] / 1e9, "GB/s"),
-        ]  # fmt: skip
+        rate, way = statistics.median(rates[tokens]), statistics.median(ways[tokens])
+        rows.append(Row("bandwidth", f"{tokens} tokens", rate, row["rate"] / 1e9, "GB/s"))
+        rows.append(Row("bandwidth", f"{tokens} tokens, a layer's way", way, row["layer_ms"], "ms"))
     return rows
 
 

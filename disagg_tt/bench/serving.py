@@ -78,8 +78,7 @@ def _lengths(text: str) -> tuple[int, int]:
 
 def checked(argv: Sequence[str]) -> argparse.Namespace:
     """Return the flags; raises InputError for one that will not do."""
-    from importlib.util import find_spec
-
+    from disagg_tt.bench.table import check_files
     from disagg_tt.config import check_number
 
     plan = parser().parse_args(argv)
@@ -104,11 +103,7 @@ def checked(argv: Sequence[str]) -> argparse.Namespace:
             check_number("--" + flag.replace("_", "-"), getattr(plan, flag), 1, MOST)
     if not plan.request_rate > 0:
         raise InputError(f"--request-rate is {plan.request_rate}; give requests/s above 0, or inf")
-    for flag, file in (("--json", plan.json), ("--plot", plan.plot)):
-        if file and not file.parent.is_dir():
-            raise InputError(f"{flag} {file}: the folder {file.parent} does not exist")
-    if plan.plot and not find_spec("matplotlib"):
-        raise InputError("--plot needs matplotlib: pip install 'disagg_tt[plot]'")
+    check_files(plan.json, plan.plot)
     return plan
 
 
