@@ -9,6 +9,8 @@ from importlib import import_module
 COMMANDS = {
     "emulator": "the emulator against plain torch",
     "kv": "K and V between two processes, by transport",
+    "multi-turn": "conversations over a server, by where their prompts are computed",
+    "serving": "a server under load, and the single-mesh server beside it",
     "stages": "each stage of a request against its reference",
 }
 
@@ -23,5 +25,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="its flags; COMMAND --help lists them")
     arguments = parser.parse_args(argv)
-    code: int = import_module(f"disagg_tt.bench.{arguments.command}").main(arguments.rest)
+    module = arguments.command.replace("-", "_")
+    code: int = import_module(f"disagg_tt.bench.{module}").main(arguments.rest)
     return code

@@ -6,8 +6,12 @@ import json
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from itertools import groupby
+from pathlib import Path
 from typing import Any
+
+from disagg_tt.errors import InputError
 
 COMPARE = {"==": operator.eq, ">=": operator.ge, "<=": operator.le}
 HEADINGS = ("ours", "reference", "unit", "ratio", "goal", "met")
@@ -79,3 +83,12 @@ def json_line(rows: Iterable[Row], **about: Any) -> str:
     """Return `rows` and what is known `about` the run as one line of JSON."""
     entries = [{**asdict(row), "ratio": row.ratio, "met": row.met} for row in rows]
     return json.dumps({**about, "rows": entries})
+
+
+def check_files(json_file: Path | None, plot_file: Path | None) -> None:
+    """Raise InputError where --json or --plot could not be written in the end: it is said before anything is measured."""
+    for flag, file in (("--json", json_file), ("--plot", plot_file)):
+        if file and not file.parent.is_dir():
+            raise InputError(f"{flag} {file}: the folder {file.parent} does not exist")
+    if plot_file and not find_spec("matplotlib"):
+        raise InputError("--plot needs matplotlib: pip install 'disagg_tt[plot]'")

@@ -121,7 +121,8 @@ class DecodeRank(Rank):
             if found is None:
                 return  # cancelled meanwhile
             if message.decode:
-                self.scheduler.receive(found)
+                if found.state is State.RESERVED:  # else its prefill rank's announcement overtook this
+                    self.scheduler.receive(found)
             else:
                 self.scheduler.prefill(found)
                 self._journeys[found].started_at = time.monotonic()
@@ -195,6 +196,8 @@ class DecodeRank(Rank):
         if inlet.sequence is not None:
             raise StreamError(f"{inlet.peer} announces request {number} while another is streaming")
         sequence = self.scheduler.get(str(number))
+        if sequence is not None and sequence.state is State.RESERVED:
+            self.scheduler.receive(sequence)  # the hub's word for it is still on its way here
         if sequence is None or sequence.state is not State.RECEIVING:
             inlet.link.control.send("refused", request=number, reason="it was cancelled, or never asked for")
             return

@@ -286,6 +286,9 @@ class _Flight:
                 token = early.popleft()
                 finish = token.finish
                 yield self._new(token.token, finish, token.logprob)
+
+    def _finish(self) -> None:
+        """The answer is whole."""
         self._phase = "done"
         self._frontend.router.finished(self._id, self._answer_tokens, time.monotonic())
 
@@ -301,6 +304,8 @@ class _Flight:
 
     def _new(self, token: int, finish: str | None, logprob: protocol.TokenLogprob | None) -> NewToken:
         self._out.append(token)
+        if finish is not None:  # before the token is out: whoever has the last one need not come again
+            self._finish()
         found = None if logprob is None else Logprob(logprob.logprob, tuple(logprob.top))
         return NewToken(token, finish, found)
 
