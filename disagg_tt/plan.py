@@ -151,6 +151,32 @@ def cache_tokens(setup: Setup) -> int:
     return TILE * _most(lambda blocks: cache_bytes(setup, blocks) <= room, 1 << 32)
 
 
+def serving_blocks(setup: Setup, chunk: int) -> int:
+    """Return how many cache blocks fit on a chip of a rank that serves: it computes prompts in pieces of `chunk` tokens.
+
+    `setup.slots` and `setup.tokens` are its slots and the longest sequence. Raises PlanError when not even one such sequence
+    has room.
+    """
+    piece = replace(setup, tokens=chunk)
+    dram = _model(setup) | {
+        "page tables": rows_bytes(setup.slots + 2, setup.tokens // TILE * 4),
+        "arriving": 2 * _keys(piece, chunk),
+        "activations": _prefill_activations(piece) + _logits(setup),
+        "programs": PROGRAMS_BYTES,
+    }
+    room = DRAM_BYTES - sum(dram.values())
+    blocks = _most(lambda n: cache_bytes(setup, n) <= room, 1 << 32)
+    if blocks < setup.tokens // TILE:
+        raise PlanError(
+            f"a chip has room for {blocks * TILE:,} tokens of {setup.kv_dtype} cache beside weights in {setup.weight_dtype}, and a "
+            f"sequence may have {setup.tokens:,}; give --max-seq-len {blocks * TILE}"
+            if blocks
+            else f"the model in {setup.weight_dtype} leaves no room for a cache on a chip; use a mesh of more chips, or "
+            "--weight-dtype bfloat8_b"
+        )
+    return blocks
+
+
 def _most(holds: Callable[[int], bool], limit: int) -> int:
     """Return the largest number from 1 to `limit` that `holds`, where all smaller ones hold too; 0 when none does."""
     low, high = 0, limit + 1

@@ -19,10 +19,12 @@ from disagg_tt.config import Options
 from disagg_tt.core import DECODE, PREFILL, whole_tiles
 from disagg_tt.device import ttnn
 from disagg_tt.device.mesh import close_mesh, open_mesh
+from disagg_tt.errors import PlanError
 from disagg_tt.kv_stream.control import clock_offset, connect_ranks
 from disagg_tt.kv_stream.mesh_socket import socket_config
 from disagg_tt.link import Link, as_row
 from disagg_tt.model import weights
+from disagg_tt.plan import Setup, default_weight_dtype, serving_blocks
 from disagg_tt.processes import signals_raise
 from disagg_tt.rank import Seat, be_rank, mesh_shape_of
 from disagg_tt.report import configure_logging
@@ -32,6 +34,7 @@ from disagg_tt.serving.decode_rank import DecodeRank
 from disagg_tt.serving.meeting import Meeting
 from disagg_tt.serving.prefill_rank import PrefillRank
 from disagg_tt.serving.protocol import Leave
+from disagg_tt.serving.rank import CHUNK
 from disagg_tt.watchdog import Watchdog
 
 PREFILL_SEQUENCES = 8  # of full length, that a prefill rank's cache holds: for prefixes that return
@@ -150,13 +153,20 @@ def _join_ranks(
 
 
 def _rank(w: WorkerOptions, run: Run, mesh: Any, role: str, hub: Connection) -> PrefillRank | DecodeRank:
-    """Load the model and make the rank, its cache of the size that its role needs."""
-    tokens = whole_tiles(run.max_seq_len)
+    """Load the model and make the rank, its cache of the size that its role needs and its chips have room for."""
+    o, tokens = run.options, whole_tiles(run.max_seq_len)
+    slots, each = 1 if role == PREFILL else w.slots, tokens // BLOCK
+    weight_dtype = o.weight_dtype or default_weight_dtype(run.config)
+    setup = Setup(run.config, mesh.get_num_devices(), weight_dtype, o.kv_dtype, slots, tokens)
+    most = serving_blocks(setup, CHUNK)
+    blocks = w.blocks or min(most, each * (PREFILL_SEQUENCES if role == PREFILL else slots))
+    if not each <= blocks <= most:
+        raise PlanError(
+            f"--num-blocks is {blocks:,}; allowed are {each:,} (one sequence of {tokens:,} tokens) to {most:,} (what a chip has "
+            "room for)"
+        )
     model = run.load_model(mesh, role, tokens)
-    each = tokens // BLOCK
-    slots = 1 if role == PREFILL else w.slots
-    blocks = (PREFILL_SEQUENCES if role == PREFILL else slots) * each if w.blocks is None else w.blocks
-    cache = PagedCache(mesh, run.config, slots, each, max(blocks, each), getattr(ttnn, run.options.kv_dtype))
+    cache = PagedCache(mesh, run.config, slots, each, blocks, getattr(ttnn, o.kv_dtype))
     kind = PrefillRank if role == PREFILL else DecodeRank
     return kind(model, cache, run, hub, prefix_caching=w.prefix_caching)
 
