@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from loguru import logger
@@ -35,6 +35,7 @@ from disagg_tt.transfer_config import TOKEN_VARIABLE
 
 MOST_FAILED_STARTS = 3  # in a row, without a rank that serves
 STOP_S = 15.0  # for the ranks to end when told to
+BROKEN_S = 5.0  # for a job that has lost a rank to end by itself, and say why
 
 
 def run_proxy(server: ServerOptions) -> int:
@@ -87,7 +88,7 @@ async def _serve(server: ServerOptions, rank_words: list[str]) -> int:
         await asyncio.wait((job, stopped), return_when=asyncio.FIRST_COMPLETED)
         failed = job.done()
         stopped.cancel()
-        frontend.hub.stop_workers()
+        frontend.stop()
         job.cancel()
         await asyncio.gather(job, stopped, return_exceptions=True)
     if failed and (error := job.exception()) is not None:
@@ -137,17 +138,22 @@ async def _keep_running(frontend: Frontend, server: ServerOptions, rank_words: l
     command = [sys.executable, "-m", "disagg_tt", "worker", *rank_words, "--proxy", hub.address]
     while True:
         joined = frontend.joined
+        hub.job_lost.clear()
         process = await asyncio.create_subprocess_exec(
             *tied(command, signal.SIGTERM),
             stdin=asyncio.subprocess.DEVNULL,
             env={**os.environ, TOKEN_VARIABLE: server.token},
             start_new_session=True,
         )
+        ended, lost = asyncio.create_task(process.wait()), asyncio.create_task(hub.job_lost.wait())
         try:
-            code = await process.wait()
+            await asyncio.wait((ended, lost), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((ended,), timeout=BROKEN_S)  # a job whose rank hangs does not end
         finally:
-            if process.returncode is None:
-                await _end(process)
+            lost.cancel()
+            if not ended.done():
+                await _end(process, STOP_S if hub.told else 0.0)
+        code = await ended
         for name in list(hub.workers):
             hub.lose(name, f"the job of ranks ended with exit code {code}")
         failed_starts = 0 if joined.is_set() else failed_starts + 1
@@ -158,13 +164,14 @@ async def _keep_running(frontend: Frontend, server: ServerOptions, rank_words: l
         logger.warning("the ranks ended with exit code {}; they are started again", code)
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """Give the job time to end by itself, having been told to stop; then end it."""
-    for number in (None, signal.SIGTERM, signal.SIGKILL):
+async def _end(process: asyncio.subprocess.Process, patience_s: float) -> None:
+    """End the job, in order and then not; first let it end by itself for `patience_s`, where it was told to."""
+    for number, limit_s in ((None, patience_s), (signal.SIGTERM, STOP_S), (signal.SIGKILL, STOP_S)):
         if number is not None:
-            process.send_signal(number)
-        try:
-            await asyncio.wait_for(asyncio.shield(process.wait()), STOP_S)
+            with suppress(ProcessLookupError):  # it ended this moment
+                process.send_signal(number)
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(process.wait(), limit_s)
             return
-        except asyncio.TimeoutError:
-            logger.warning("the ranks still run {:g} s after they were told to stop", STOP_S)
+        if limit_s:
+            logger.warning("the ranks still run {:g} s after they were told to stop", limit_s)

@@ -68,6 +68,7 @@ class Frontend:
         self.joined = asyncio.Event()  # set anew whenever a worker joins
         self.transfers: deque[tuple[float, TransferState]] = deque(maxlen=SHOWN_TRANSFERS)
         self.roles_seen: set[str] = set()
+        self._stopping = False
         hub.on_message, hub.on_join, hub.on_lost = self._on_message, self._on_join, self._on_lost
 
     @property
@@ -80,8 +81,21 @@ class Frontend:
 
     def generate(self, wanted: Generation) -> _Flight:
         """Begin `wanted`; raises OverloadError when it cannot even wait."""
+        if self._stopping:
+            raise self._ending()
         self.router.admission()
         return _Flight(self, wanted)
+
+    def stop(self) -> None:
+        """End every generation, and begin no other; then have the workers stop."""
+        self._stopping = True
+        for flight in self.flights.values():
+            flight.inbox.put_nowait(self._ending())
+        self.hub.stop_workers()
+
+    @staticmethod
+    def _ending() -> OverloadError:
+        return OverloadError("the server stops", retry_after_s=10.0, unavailable=True)
 
     def _on_message(self, name: str, message: Message) -> None:
         if isinstance(message, Tokens):
@@ -165,7 +179,7 @@ class _Flight:
     def __init__(self, frontend: Frontend, wanted: Generation):
         self._frontend, self._wanted = frontend, wanted
         self.account = Account(prompt_tokens=len(wanted.tokens))
-        self.inbox: asyncio.Queue[Message | _Lost] = asyncio.Queue()
+        self.inbox: asyncio.Queue[Message | _Lost | OverloadError] = asyncio.Queue()
         self._number = -1
         self._out: list[int] = []
         self._began = time.monotonic()
@@ -177,7 +191,10 @@ class _Flight:
         return self._tokens
 
     async def aclose(self) -> None:
-        """Cancel it everywhere, unless it has ended."""
+        """Cancel it everywhere, unless it has ended; what is out is its answer then."""
+        if self._number in self._frontend.flights and self._answer_tokens and self._phase != "done":
+            self._send_cancel()
+            self._finish()
         await self._tokens.aclose()
         self._leave()
 
@@ -246,7 +263,8 @@ class _Flight:
         front, account = self._frontend, self.account
         self._reserved, self._reserved_at = reserved, time.monotonic()
         try:
-            route = front.router.choose_prefill(self._id, reserved.cached)
+            linked = front.hub.linked_to(self._decode)
+            route = front.router.choose_prefill(self._id, reserved.cached, linked)
         except PeerError as error:
             raise _Lost(str(error)) from None
         account.route, account.reason = route.kind, route.reason
@@ -286,6 +304,9 @@ class _Flight:
                 token = early.popleft()
                 finish = token.finish
                 yield self._new(token.token, finish, token.logprob)
+
+    def _finish(self) -> None:
+        """The answer is whole."""
         self._phase = "done"
         self._frontend.router.finished(self._id, self._answer_tokens, time.monotonic())
 
@@ -301,6 +322,8 @@ class _Flight:
 
     def _new(self, token: int, finish: str | None, logprob: protocol.TokenLogprob | None) -> NewToken:
         self._out.append(token)
+        if finish is not None:  # before the token is out: whoever has the last one need not come again
+            self._finish()
         found = None if logprob is None else Logprob(logprob.logprob, tuple(logprob.top))
         return NewToken(token, finish, found)
 
@@ -362,7 +385,7 @@ class _Flight:
             raise PeerError(
                 f"request {self._number}: nothing came from {self._decode} {self._prefill_rank} within {limit_s:g} s"
             ) from None
-        if isinstance(event, _Lost):
+        if isinstance(event, (_Lost, OverloadError)):
             raise event
         if isinstance(event, Failed):
             if event.again:
@@ -386,10 +409,13 @@ class _Flight:
         if self._frontend.flights.pop(self._number, None) is None:
             return
         if self._phase != "done":
-            for name in {self._decode, self._prefill_rank} - {""}:
-                if name in self._frontend.hub.workers:
-                    self._frontend.hub.send(name, Cancel(number=self._number))
+            self._send_cancel()
         self._frontend.router.ended(self._id)
+
+    def _send_cancel(self) -> None:
+        for name in {self._decode, self._prefill_rank} - {""}:
+            if name in self._frontend.hub.workers:
+                self._frontend.hub.send(name, Cancel(number=self._number))
 
     def shown(self, now: float) -> RequestState:
         """Return it as the page shows it."""

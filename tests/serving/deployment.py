@@ -125,9 +125,7 @@ class Server(Deployed):
         self.port, self.hub = int(match[1]), match[2]
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=self.url, timeout=BOUND)
-        self.openai = openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=BOUND
-        )
+        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=BOUND)
 
     def get(self, path: str) -> Any:
         return self.http.get(path).json()
