@@ -13,7 +13,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -51,26 +51,6 @@ def run_serve(server: ServerOptions, rank_binding: str | None, rank_words: list[
     configure_logging("server")
     RankBinding.load(rank_binding or default_binding()).check()
     return asyncio.run(_serve(server, rank_words))
-
-
-def run_ranks(rank_binding: str | None, words: list[str]) -> int:
-    """Start the ranks of a binding with this command line, and return their exit code."""
-    from disagg_tt.device import choose
-    from disagg_tt.launch import run_job
-    from disagg_tt.rank_binding import RankBinding, default_binding
-
-    configure_logging("launcher")
-    binding = RankBinding.load(rank_binding or default_binding())
-    reasons: list[str] = []
-
-    def show(event: Mapping[str, object]) -> None:
-        if event["event"] == "failed":
-            reasons.append(str(event["reason"]))
-
-    code = run_job(words, binding, choose(os.environ)[0], {}, show)
-    for reason in reasons:
-        logger.error("{}", reason)
-    return code
 
 
 async def _proxy(server: ServerOptions) -> int:

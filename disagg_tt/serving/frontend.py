@@ -48,7 +48,7 @@ from disagg_tt.serving.router import Router
 from disagg_tt.tokens import Logprob
 
 QUEUE_S = 300.0  # that a request may wait for a slot
-RESTART_S = 60.0  # that it may wait for lost ranks to come again
+RESTART_S = 300.0  # that it may wait for lost ranks to come again, weights and compilation included
 MOST_RESTARTS = 3
 SHOWN_TRANSFERS = 8
 

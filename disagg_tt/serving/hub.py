@@ -155,7 +155,7 @@ class Hub:
             if worker is not None and hmac.compare_digest(worker.session, message.session):
                 worker.beat_at, worker.state = time.monotonic(), message.state
         elif (name := self._by_identity.get(identity)) is None:
-            logger.warning("a {} message of a worker that is not registered", message.kind)  # type: ignore[attr-defined]
+            logger.debug("a {} message of a worker that is not registered", message.kind)  # type: ignore[attr-defined]
         elif isinstance(message, Leave):
             self.lose(name, "it left")
         elif isinstance(message, Opened):

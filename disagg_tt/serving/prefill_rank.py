@@ -72,6 +72,7 @@ class PrefillRank(Rank):
             try:
                 self.add_link(message.peer, self.meet.connect(message.peer, message.address))
                 self.hub.send(Linked(peer=message.peer))
+                logger.info("linked with {}", message.peer)
             except DisaggError as error:
                 logger.warning("no link to {}: {}", message.peer, error)
             return
