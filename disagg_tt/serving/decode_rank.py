@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -277,17 +278,24 @@ class DecodeRank(Rank):
         if not inlet.link.ranks:
             inlet.link.close()
 
+    def settle(self) -> None:
+        self._take_while(lambda inlet: inlet.sequence is not None)
+
     def leave(self) -> None:
-        """Take the chunks that are coming in; a prefill rank of the same job ends first, with nothing on its way to nobody."""
+        """Take the chunks that are coming in; prefill ranks of the same job end first, with nothing on its way to nobody."""
         super().leave()
+        self._take_while(lambda inlet: inlet.link.ranks or inlet.sequence is not None)
+
+    def _take_while(self, coming: Callable[[_Inlet], bool]) -> None:
+        """Take what comes over the links until it is `coming` over none; raises PeerError when that takes too long."""
         until = time.monotonic() + self.run.options.deadline_s
-        while any(inlet.link.ranks or inlet.sequence is not None for inlet in self._inlets.values()):
+        while any(map(coming, self._inlets.values())):
             if time.monotonic() > until:
                 raise PeerError(
                     f"{', '.join(self._inlets)} did not end in time (--deadline-s sets the limit)"
                 )
             if not any(inlet.pending for inlet in self._inlets.values()):
-                self._wait()
+                self._wait_for(self.link_sockets())
             self.take_links()
             self._take_layers(self.run.config.num_hidden_layers)
 

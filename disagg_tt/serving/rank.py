@@ -99,15 +99,19 @@ class Rank(ABC):
 
     def _join_again(self, error: HubLostError) -> None:
         """Join the hub anew; raises PeerError when it does not come back in time, or wants this rank no more."""
-        for sequence in self.scheduler.all():
-            self.cancel(int(sequence.id))
         if not error.again:
             raise error
+        for sequence in self.scheduler.all():
+            self.cancel(int(sequence.id))
+        self.settle()
         logger.warning("{}; joining again", error)
         self._joining = True
         self.hub.join_again(self._register)
         self._joining = False
         logger.info("joined again")
+
+    def settle(self) -> None:  # noqa: B027 - a prefill rank's chunks are whole between two steps
+        """Let what is coming in end."""
 
     def leave(self) -> None:
         """Say that this rank ends; subclasses let the other ends of the links end well too."""
@@ -116,16 +120,16 @@ class Rank(ABC):
         except HubLostError as error:
             logger.debug("nobody to tell: {}", error)
 
-    def _wait(self) -> None:
-        """Wait until some socket has something, or a moment."""
+    def _wait_for(self, sockets: list[Any]) -> None:
+        """Wait until one of the sockets has something, or a moment."""
         poller = zmq.Poller()
-        for socket in [*self.hub.sockets, *self.link_sockets()]:
+        for socket in sockets:
             poller.register(socket, zmq.POLLIN)
         poller.poll(IDLE_MS)
 
     def _take_messages(self) -> None:
         if not self.busy:
-            self._wait()
+            self._wait_for([*self.hub.sockets, *self.link_sockets()])
         while (message := self.hub.receive()) is not None:
             if isinstance(message, Stop):
                 self.stopping = True

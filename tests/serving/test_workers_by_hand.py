@@ -79,7 +79,12 @@ def test_workers_join_serve_leave_and_die(transport, expected):
             extra_body={"ignore_eos": True},
         )  # fmt: skip
         text = next(running).choices[0].text
-        assert one.stop(signal.SIGTERM) == 0  # its requests go elsewhere, or begin anew there
+        decode = {"one": one, "other": other}
+        (request,) = server.get("/state")["requests"]
+        assert (
+            decode.pop(request["decode_worker"]).stop(signal.SIGTERM) == 0
+        )  # its requests begin anew elsewhere
+        ((left, staying),) = decode.items()
         for event in running:
             text += event.choices[0].text
         assert text.startswith(expected[PROMPTS[1]]) and running.response.status_code == 200
@@ -93,9 +98,9 @@ def test_workers_join_serve_leave_and_die(transport, expected):
 
         p = closing.enter_context(worker(server, "prefill", "p", transport))
         server.ready(1, 1)
-        linked((p, "other"))
+        linked((p, left))
         assert ask(server, PROMPTS[4]) == (expected[PROMPTS[4]], "pd")
-        assert p.stop(signal.SIGINT) == 0 and other.stop() == 0
+        assert p.stop(signal.SIGINT) == 0 and staying.stop() == 0
         assert server.health()["status"] == "unavailable"
         assert server.stop() == 0
         assert "Traceback" not in server.log.text + one.log.text + other.log.text + p.log.text
