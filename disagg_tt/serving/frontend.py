@@ -47,7 +47,7 @@ from disagg_tt.serving.ranks import Worker as RoutedWorker
 from disagg_tt.serving.router import Router
 from disagg_tt.tokens import Logprob
 
-QUEUE_S = 300.0  # that a request may wait for a slot
+QUEUE_S = 300.0  # that a request may wait for a slot, and then for its prompt's turn
 RESTART_S = 300.0  # that it may wait for lost ranks to come again, weights and compilation included
 MOST_RESTARTS = 3
 SHOWN_TRANSFERS = 8
@@ -61,7 +61,7 @@ class Frontend:
     """The Backend of generation.py over the workers of a hub."""
 
     def __init__(self, hub: Hub, router: Router, *, deadline_s: float = 60.0):
-        """`deadline_s`: how long a generation may give no sign of life once it has a slot."""
+        """`deadline_s`: how long a generation may give no sign of life once it has its first token."""
         self.hub, self.router, self.deadline_s = hub, router, deadline_s
         self.flights: dict[int, _Flight] = {}
         self.numbers = itertools.count(1)
@@ -290,7 +290,7 @@ class _Flight:
         early: deque[protocol.Token] = deque()  # that overtook the first one, which another rank sends
         finish: str | None = None
         while finish is None:
-            item = await self._event(None, self._frontend.deadline_s)
+            item = await self._event(None, QUEUE_S if first is None else self._frontend.deadline_s)
             if isinstance(item, First):
                 first = item
                 self._note_first(first)
