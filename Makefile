@@ -34,6 +34,8 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
 	@touch $@
 
+# MPICH joins separately started programs; in a folder of its own, since its mpirun must not replace Open MPI's
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check --ignore-installed --prefix $(VENV)/mpich mpich
 	@touch $@ $(VENV)/.installed

@@ -27,7 +27,7 @@ from typing import IO, TYPE_CHECKING
 
 from disagg_tt.errors import InputError, RankBindingError
 from disagg_tt.job_output import JobOutput
-from disagg_tt.mpi import in_job, job_folder, mpi_environment, mpirun_command
+from disagg_tt.mpirun import in_job, job_folder, mpi_environment, mpirun_command
 from disagg_tt.processes import TERMINATE_SECONDS, end_session, signals_raise, start, tied
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+from collections import deque
 from typing import TextIO
 
 from loguru import logger
@@ -14,6 +15,7 @@ _NOTICE = re.compile(
 )  # how a notice between rules begins
 _TAG = re.compile(r"^\[\d+,\d+\]<std(?:out|err)>: ?")  # put by tt-run before each line
 _KILLED = re.compile(r"process rank (\d+) .*?exited on signal (\d+)")
+_LAST_LINES = 10  # kept to say why a launcher ended
 _EXITED = re.compile(r"Process name: \[[^]]*,(\d+)\] Exit code: (\d+)")
 
 
@@ -26,6 +28,7 @@ class JobOutput:
         self._rule: str | None = None  # a rule whose next line tells whether it opens a notice
         self._notice: list[str] | None = None
         self._notices: list[str] = []
+        self._last: deque[str] = deque(maxlen=_LAST_LINES)
 
     def feed(self, data: bytes) -> None:
         *lines, self._rest = (self._rest + data).split(b"\n")
@@ -38,7 +41,7 @@ class JobOutput:
         if self._rest:
             self._line(self._rest.decode(errors="replace"))
         for line in [*([self._rule] if self._rule else []), *(self._notice or [])]:
-            self._stream.write(line + "\n")
+            self._write(line)
         self._rest, self._rule, self._notice = b"", None, None
         self._stream.flush()
 
@@ -57,7 +60,7 @@ class JobOutput:
             if _NOTICE.match(line):
                 self._notice = [line]
                 return
-            self._stream.write(rule + "\n")
+            self._write(rule)
         if _RULE.fullmatch(line):
             self._rule = line
             return
@@ -65,7 +68,16 @@ class JobOutput:
         if "[tt-run]" in line:
             logger.debug(line)
         else:
-            self._stream.write(line + "\n")
+            self._write(line)
+
+    def _write(self, line: str) -> None:
+        self._stream.write(line + "\n")
+        self._last.append(line)
+
+    def last_words(self) -> str:
+        """The launcher's last notice, or else the last lines of all output, as one line; "" if there were none."""
+        lines = [line for line in self._last if line.strip() and not _RULE.fullmatch(line)]
+        return self._notices[-1] if self._notices else " ".join(" ".join(lines).split())
 
     def first_failure(self) -> tuple[int | None, int, str]:
         """(rank, exit code, reason) of the first rank that failed, as the launcher noticed it; reason "" if unknown."""

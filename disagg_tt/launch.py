@@ -27,7 +27,7 @@ from loguru import logger
 from disagg_tt.device import mock
 from disagg_tt.errors import DisaggError, RankBindingError
 from disagg_tt.job_output import JobOutput
-from disagg_tt.mpi import (
+from disagg_tt.mpirun import (
     MPI_SETTINGS,
     in_job,
     job_folder,
@@ -54,8 +54,10 @@ __all__ = [
 ]
 
 TOGETHER_SECONDS = (
-    30.0  # between the first rank's start and the last one's; a rank that waits in MPI_Init cannot give up
+    60.0  # between the first rank's start and the last one's; a rank that waits in MPI_Init cannot give up
 )
+
+LAUNCHER_FAILED = 213  # PRTE_ERR_SILENT: mpirun could not start itself, and has said why
 
 _POLL_MS = 100
 _FAILED_SECONDS = 10.0  # from the first report of a failure to the end of the job
@@ -115,15 +117,37 @@ def run_job(
         command = tied(_command(ranks_command, binding, device, Path(folder)), on_death)
         job_env = _environment(device, folder, env or {}) | {ADDRESS_VARIABLE: address}
         logger.debug(f"starting {shlex.join(command)}")
+        began = time.monotonic()
         with signals_raise():
-            process, pipe = start(command, job_env)
-            with pipe:
-                job = _Job(process, pipe.fileno(), socket, on_event, len(binding.ranks))
-                try:
-                    reason = job.follow(deadline, start_deadline)
-                finally:
-                    end_session(process)
-                return job.finish(reason)
+            job = _followed(command, job_env, socket, on_event, len(binding.ranks), deadline, start_deadline)
+            if job.launcher_failed:
+                logger.warning(
+                    f"the launcher failed before any rank; once more. It said: {job.output.last_words()}"
+                )
+                left = deadline and max(deadline - (time.monotonic() - began), 0.0)
+                job = _followed(command, job_env, socket, on_event, len(binding.ranks), left, start_deadline)
+        return job.exit_code()
+
+
+def _followed(
+    command: list[str],
+    env: Mapping[str, str],
+    socket: zmq.Socket[bytes],
+    on_event: Callable[[Event], None],
+    ranks: int,
+    deadline: float | None,
+    start_deadline: float,
+) -> _Job:
+    """Start a launcher, follow its job, and return that when the last of its processes has ended."""
+    process, pipe = start(command, env)
+    with pipe:
+        job = _Job(process, pipe.fileno(), socket, on_event, ranks)
+        try:
+            job.follow(deadline, start_deadline)
+        finally:
+            end_session(process)
+        job.drain()
+    return job
 
 
 class _Job:
@@ -144,9 +168,10 @@ class _Job:
         self.started: dict[int, float] = {}  # when each rank did
         self.failure: Event | None = None
         self.heard = False
+        self.overrun = ""  # the limit that was hit, if one was
 
-    def follow(self, deadline: float | None, start_deadline: float) -> str:
-        """Deliver events and output until the job has ended or must be; return why it must, "" if no limit was hit."""
+    def follow(self, deadline: float | None, start_deadline: float) -> None:
+        """Deliver events and output until the job has ended or must be."""
         began = time.monotonic()
         poller = zmq.Poller()
         poller.register(self.socket, zmq.POLLIN)
@@ -173,19 +198,27 @@ class _Job:
         if not reason and failed_at is None:  # at the end of output mpirun itself is about to exit
             with suppress(subprocess.TimeoutExpired):  # end_session ends it
                 self.process.wait(TERMINATE_SECONDS)
-        return reason
+        self.overrun = reason
 
-    def finish(self, reason: str) -> int:
-        """After the last process ended: deliver what is still on its way, and return the exit code."""
-        self._drain()
-        ended = self.process.returncode
+    @property
+    def launcher_failed(self) -> bool:
+        """Whether mpirun itself failed before it started a rank, as it may on a busy host; nothing has happened then."""
+        return self.process.returncode == LAUNCHER_FAILED and not (
+            self.started or self.failure or self.overrun
+        )
+
+    def exit_code(self) -> int:
+        """After `drain`: tell of a failure that no rank told of, and return the job's exit code."""
+        reason, ended = self.overrun, self.process.returncode
         if self.failure is None and not reason and ended == 0:
             return 0
         if self.failure is None:  # no rank reported one: a limit was hit, or the launcher noticed one
             rank, exit_code, noticed = self.output.first_failure()
             if reason or not noticed:
                 exit_code = DisaggError.exit_code if reason else ended
-            reason = reason or noticed or f"the launcher ended with exit code {ended}"
+            said = self.output.last_words()
+            ended_so = f"the launcher ended with exit code {ended}{said and ': '}{said}"
+            reason = reason or noticed or ended_so
             self.failure = {"event": "failed", "rank": rank, "exit_code": exit_code, "reason": reason}
             self.on_event(self.failure)
         code = self.failure.get("exit_code")
@@ -212,8 +245,8 @@ class _Job:
         self.output.feed(data)
         return bool(data)
 
-    def _drain(self) -> None:
-        """Deliver what was sent before the last process ended."""
+    def drain(self) -> None:
+        """After the last process ended: deliver what is still on its way."""
         until = time.monotonic() + _DRAIN_SECONDS
         # a rank that was killed never says "closed": wait for it only where all went well
         while self.alive and self.process.returncode == 0 and time.monotonic() < until:

@@ -13,11 +13,11 @@ from disagg_tt.device.mesh import close_mesh, open_mesh, open_two
 from disagg_tt.errors import CheckpointError, StreamError
 from disagg_tt.kv_stream.base import KVReceiver, KVSender, RemoteSender
 from disagg_tt.kv_stream.control import Control, LocalControl, Message, connect_ranks, expect
+from disagg_tt.kv_stream.host_wire import WireReceiver, WireSender
 from disagg_tt.kv_stream.mesh_socket import MeshSocketReceiver, MeshSocketSender, socket_config
+from disagg_tt.kv_stream.open_wire import Wire, open_receiver, open_sender
 from disagg_tt.kv_stream.programs import connect_programs
 from disagg_tt.kv_stream.staged import StagedReceiver, StagedSender
-from disagg_tt.kv_stream.wire import WireReceiver, WireSender
-from disagg_tt.kv_stream.wires import Wire, open_receiver, open_sender
 from disagg_tt.model import weights
 from disagg_tt.run import Run
 

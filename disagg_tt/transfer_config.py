@@ -18,9 +18,9 @@ from typing import Any
 from disagg_tt.core import DECODE, PREFILL
 from disagg_tt.errors import InputError
 
-WIRES = ("mpi", "tcp", "nixl", "torch")  # through host memory, see wire.py
+WIRES = ("mpi", "tcp", "nixl", "torch")  # through host memory, see kv_stream/host_wire.py
 TRANSPORTS = ("mesh_socket", "local", *WIRES)
-CONNECTORS = ("tcp", "nixl")  # those that join programs which were started separately
+CONNECTORS = ("mpi", "tcp", "nixl")  # those that join programs which were started separately
 ROLES = {"kv_producer": PREFILL, "kv_consumer": DECODE}
 TOKEN_VARIABLE = "DISAGG_TT_TOKEN"
 

@@ -105,7 +105,7 @@ def _two_ranks(program: str, words: list[str], env: dict[str, str], trace: Path)
     with redirect_stderr(said):
         code = run_job([*words, "--trace", str(trace)], binding(), kind, env, take, program=ranks)
     if code or not job.answers:
-        raise JobError(f"a job of two ranks failed: {failures or said.getvalue()[-2000:]}")
+        raise JobError(f"a job of two ranks failed: {'; '.join(failures)}\n{said.getvalue()[-2000:]}")
     job.spans = [s for s in job.spans if s["ph"] == "X"]
     return job
 

@@ -18,7 +18,7 @@ import torch
 from disagg_tt.errors import InputError
 from disagg_tt.geometry import Geometry
 from disagg_tt.kv_stream.frame import digest_of
-from disagg_tt.kv_stream.wire import Plan, WireReceiver, WireSender
+from disagg_tt.kv_stream.host_wire import Plan, WireReceiver, WireSender
 
 ORDERS = ("contiguous", "paged", "fragmented")
 RUN = 8  # blocks that lie together in the paged order

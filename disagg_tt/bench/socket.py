@@ -9,7 +9,7 @@ import sys
 
 from disagg_tt.bench.table import Row
 from disagg_tt.errors import PeerError
-from disagg_tt.mpi import job_folder, mpi_environment, mpirun_command
+from disagg_tt.mpirun import job_folder, mpi_environment, mpirun_command
 
 GOAL = ">= 0.9"
 LIMIT_S = 300.0

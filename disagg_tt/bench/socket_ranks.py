@@ -72,8 +72,8 @@ def transfers(
             copies.append(timed(copy))
         ttnn.distributed_context_barrier()
         mine = timed(move)
-        # both began at the barrier, and the later end counts
-        seconds.append(max(ttnn.distributed_context_allgather_int(round(mine * 1e9))) / 1e9)
+        # both began at the barrier, and the later end counts; in us, since ns of a slow machine do not fit in 32 bits
+        seconds.append(max(ttnn.distributed_context_allgather_int(round(mine * 1e6))) / 1e6)
     if rank:
         for seed, received in enumerate(tensors):
             if not torch.equal(values_of(mesh, received), values_of(mesh, tensor(mesh, name, seed))):

@@ -8,6 +8,9 @@
     wide          decode and prefill for two random layers of Llama-3.1-8B's width
     wide-overlap  overlap for eight layers of that width
 
+With --transport NAME... it reports instead where a request's time goes over each: prefill, transfer (hidden, exposed) and
+decode, and the overhead in % of the total against one mesh, which is measured in turn, or read with --baseline FILE.
+
 It prints a table a stage, then one JSON line. A goal that a time misses is shown and changes no exit code.
 """
 
@@ -21,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from disagg_tt.errors import InputError
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
 QUICK = ("wire", "decode", "prefill", "overlap", "perf")
 STAGES = (*QUICK, "wide", "wide-overlap")
+TRANSPORTS = ("mesh_socket", "mpi", "tcp", "nixl", "torch")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,6 +46,16 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument(
         "--rows", help=f"stages to measure, of {','.join(STAGES)} (default: all; quick: not the wide ones)"
+    )
+    flags.add_argument(
+        "--transport",
+        nargs="+",
+        choices=TRANSPORTS,
+        metavar="NAME",
+        help=f"a request's times over each, of {', '.join(TRANSPORTS)}",
+    )
+    flags.add_argument(
+        "--baseline", type=Path, metavar="FILE", help="one mesh's times, from a file that --json wrote"
     )
     flags.add_argument(
         "--model",
@@ -105,10 +119,34 @@ def measured(stages: Sequence[str], plan: Plan) -> Iterator[list[Row]]:
         print(f"{stage}: measured in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Raise InputError for flags that do not go together, or a file that cannot be written."""
+    if arguments.transport and arguments.rows:
+        raise InputError("--rows and --transport are two reports; give one of them")
+    if arguments.baseline and not arguments.transport:
+        raise InputError("--baseline is what --transport NAME... is compared with; give both")
+    if arguments.json and not arguments.json.parent.is_dir():
+        raise InputError(f"--json {arguments.json}: the folder {arguments.json.parent} does not exist")
+
+
+def report_requests(arguments: argparse.Namespace, plan: Plan) -> list[dict[str, Any]]:
+    """Measure a request over each transport, print the table, and return its rows."""
+    from disagg_tt.bench import request_times
+
+    baseline = request_times.read_baseline(arguments.baseline, plan) if arguments.baseline else []
+    transports = list(dict.fromkeys(arguments.transport))
+    rows = request_times.rows(
+        [*baseline, *request_times.measure(transports, plan, with_baseline=not baseline)]
+    )
+    print(request_times.table(rows) + "\n", flush=True)
+    return rows
+
+
 def main(argv: Sequence[str]) -> int:
     """Measure, print, and return 1 if a required row failed, else 0."""
     arguments = parser().parse_args(argv)
-    stages = chosen(arguments.rows, arguments.quick)
+    check(arguments)
+    stages = [] if arguments.transport else chosen(arguments.rows, arguments.quick)
 
     from disagg_tt.bench.table import json_line, table
     from disagg_tt.device import kind
@@ -124,7 +162,10 @@ def main(argv: Sequence[str]) -> int:
     for found in measured(stages, plan):
         print(table(found) + "\n", flush=True)
         rows += found
-    about = {"device": kind, "threads": plan.threads, "repeats": plan.repeats, "flags": arguments.flags}
+    about: dict[str, Any] = {"device": kind, "threads": plan.threads, "repeats": plan.repeats}
+    about["flags"] = arguments.flags
+    if arguments.transport:
+        about["requests"] = report_requests(arguments, plan)
     line = json_line(rows, bench="stages", quick=arguments.quick, **about)
     print(line)
     if arguments.json:

@@ -5,5 +5,7 @@ control.py      the messages beside the data: announce, ready, sent, done, faile
 mesh_socket.py  ttnn MeshSocket, between ranks or between two meshes of one process
 local.py        one mesh does both: K and V go straight into its cache
 staged.py       through the hosts' memories, over a wire
-wire.py         the contract of the wires tcp, mpi, nixl and torch; wires.py joins the one that --transport names
+host_wire.py    the contract of the wires tcp.py, mpi.py (between two programs: mpi_programs.py), nixl.py and
+                torch_distributed.py; frame.py: the frames they speak; layout.py: where a layer's bytes lie
+open_wire.py    joins the wire that --transport names
 """

@@ -22,7 +22,7 @@ _HEADER = struct.Struct("!4sHHIIQQ")
 HEADER_BYTES = _HEADER.size
 MAX_DESCRIPTORS = 1 << 16
 DESCRIPTOR = struct.Struct("!QQ")  # address, bytes
-SMALL_BYTES = 1024  # the most that a frame which is no layer, agent or list of descriptors carries
+SMALL_BYTES = 1024  # the most that a frame which is no layer, agent, port or list of descriptors carries
 
 
 class Kind(IntEnum):
@@ -40,6 +40,7 @@ class Kind(IntEnum):
     READ = 8  # nixl, decode -> prefill, as NIXL's notification: a layer was read
     TAKEN = 9  # decode -> prefill: all layers are here
     FAILED = 10  # both ways: why this end stops, in words
+    PORT = 11  # mpi between programs, decode -> prefill: the name of its MPI port
 
 
 _KINDS = {kind.value: kind for kind in Kind}
@@ -47,6 +48,7 @@ _KINDS = {kind.value: kind for kind in Kind}
 _LONGEST = {kind: SMALL_BYTES for kind in Kind if kind is not Kind.LAYER} | {
     Kind.AGENT: 1 << 16,
     Kind.READABLE: MAX_DESCRIPTORS * DESCRIPTOR.size,
+    Kind.PORT: 1 << 13,
 }
 
 

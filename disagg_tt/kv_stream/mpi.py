@@ -1,6 +1,6 @@
-"""The mpi wire: plain MPI messages between two ranks, staged through host memory.
+"""The mpi wire: plain MPI messages between two ranks of a job, or two programs (mpi_programs.py), staged through host memory.
 
-The frames of `wire` travel as messages with tag FRAME, and a layer's bytes as one message with tag BYTES whatever its
+The frames of `host_wire` travel as messages with tag FRAME, and a layer's bytes as one message with tag BYTES whatever its
 extents: MPI gathers and scatters them by a datatype. Waits poll, since MPI's own have no deadline; they poll busily at
 first, because only calls make MPI move bytes.
 """
@@ -14,17 +14,19 @@ import torch
 
 from disagg_tt.errors import PeerError, StreamError
 from disagg_tt.kv_stream.frame import HEADER_BYTES, SMALL_BYTES, Header, Kind, parse_header
-from disagg_tt.kv_stream.wire import Channel, Extents, WireReceiver, WireSender
+from disagg_tt.kv_stream.host_wire import Channel, WireReceiver, WireSender
+from disagg_tt.kv_stream.layout import Layout
+from disagg_tt.kv_stream.tcp import TcpChannel
 
 FRAME, BYTES = 7001, 7002
 BUSY_S = 0.05  # of polling without a pause
 
 
 class MpiChannel(Channel):
-    """Frames and layers to and from rank `peer` of a communicator."""
+    """Frames and layers to and from rank `peer` of a communicator; `line`, if given, is lost when the other end is."""
 
-    def __init__(self, comm: Any, peer: int, who: str, deadline_s: float):
-        self._comm, self._peer, self.deadline_s = comm, peer, deadline_s
+    def __init__(self, comm: Any, peer: int, who: str, deadline_s: float, line: TcpChannel | None = None):
+        self._comm, self._peer, self.deadline_s, self._line = comm, peer, deadline_s, line
         self._who = f"mpi: the {who} end (rank {peer})"
         self._frame = bytearray(HEADER_BYTES + SMALL_BYTES)
         self._early: list[tuple[Header, bytes]] = []
@@ -34,7 +36,9 @@ class MpiChannel(Channel):
 
     def post(self, header: Header, payload: bytes = b"") -> Any:
         """Start sending a frame; return the request, which keeps its bytes."""
-        return self._comm.Isend(header.encode() + payload, dest=self._peer, tag=FRAME)
+        # after the last frame of a stream a program may end: it must have arrived
+        send = self._comm.Issend if header.kind is Kind.TAKEN else self._comm.Isend
+        return send(header.encode() + payload, dest=self._peer, tag=FRAME)
 
     def get(self, what: str) -> tuple[Header, bytes]:
         return self._early.pop() if self._early else self._next(what)
@@ -59,24 +63,9 @@ class MpiChannel(Channel):
                 raise PeerError(f"{self._who} failed: {payload.decode(errors='replace')}")
             self._early.append((header, payload))
 
-    def layer(self, extents: Extents, sends: bool) -> tuple[Any, Any]:
-        """Start sending or receiving a layer's bytes; return what `finished` takes."""
-        from mpi4py import MPI
-
-        start = self._comm.Isend if sends else self._comm.Irecv
-        if len(extents) == 1:
-            return start([extents[0].numpy(), MPI.BYTE], self._peer, BYTES), None
-        kind = MPI.BYTE.Create_hindexed(
-            [e.numel() for e in extents], [e.data_ptr() for e in extents]
-        ).Commit()
-        return start([MPI.BOTTOM, 1, kind], self._peer, BYTES), kind
-
-    def finished(self, layer: tuple[Any, Any], what: str, *, watch: bool) -> None:
-        """Wait for a layer; with `watch`, also for the other end's failure."""
-        request, kind = layer
-        self.wait(request, what, watch=watch)
-        if kind is not None:
-            kind.Free()
+    def layer(self, form: Any, sends: bool) -> Any:
+        """Start sending or receiving a layer's bytes; return the request."""
+        return (self._comm.Isend if sends else self._comm.Irecv)(form, self._peer, BYTES)
 
     def wait(self, request: Any, what: str, status: Any = None, *, watch: bool = False) -> None:
         """Wait for an MPI request; raises PeerError at the deadline, StreamError for what MPI refuses."""
@@ -96,64 +85,114 @@ class MpiChannel(Channel):
                 if waited > BUSY_S:
                     if watch:
                         self.check_failure()
+                    if self._over(request, status):
+                        return
                     pause = min(pause * 1.5 + 20e-6, 1e-3)
                     time.sleep(pause)
         except MPI.Exception as error:
             raise StreamError(f"{self._who} sends something else while {what}: {error}") from None
 
+    def _over(self, request: Any, status: Any) -> bool:
+        """Look whether the line is lost: raises PeerError then, unless the other end's last message was waited for and came."""
+        if self._line is None:
+            return False
+        try:
+            self._line.check_failure()
+        except PeerError:
+            if request.Test(status):
+                return True
+            request.Cancel()
+            self.check_failure()
+            raise
+        return False
+
     def close(self) -> None:
-        """The communicator is not ours."""
+        """Close the line; the communicator stays: to leave it, MPI would wait for the other end."""
+        if self._line is not None:
+            self._line.close()
 
 
-class MpiSender(WireSender):
-    """The prefill rank's end; `peer_rank` is the decode rank in `comm`."""
+class _Forms:
+    """What both ends make of a layer's pieces: a buffer, or a datatype by which MPI gathers and scatters them."""
+
+    _layouts: dict[Any, Layout]
+
+    def _form(self, pieces: list[torch.Tensor]) -> Any:
+        from mpi4py import MPI
+
+        if len(pieces) == 1:
+            return [pieces[0].numpy(), MPI.BYTE]
+        places = [p.data_ptr() for p in pieces]
+        return [MPI.BOTTOM, 1, MPI.BYTE.Create_hindexed([p.numel() for p in pieces], places).Commit()]
+
+    def _forget_layouts(self) -> None:
+        for layout in self._layouts.values():
+            if len(layout.pieces) > 1:
+                layout.form[-1].Free()  # what is still going keeps it
+        self._layouts.clear()
+
+
+class SendsOverMpi(_Forms, WireSender):
+    """A prefill end whose channel is an MpiChannel."""
 
     name = "mpi"
-    _channel: MpiChannel
 
-    def __init__(self, comm: Any, peer_rank: int, *, deadline_s: float = 30.0, verify: bool = True):
-        super().__init__(verify=verify)
-        self._made = MpiChannel(comm, peer_rank, self.peer, deadline_s)
-        self._going: list[tuple[int, Any, tuple[Any, Any]]] = []  # layer, its frame, its bytes
+    def __init__(self, *arguments: Any, **settings: Any):
+        super().__init__(*arguments, **settings)
+        self._going: list[tuple[int, Any, Any]] = []  # layer, its frame, its bytes
 
-    def _meet(self) -> MpiChannel:
-        return self._made
-
-    def _send(self, header: Header, pieces: list[torch.Tensor]) -> None:
+    def _send(self, header: Header, layout: Layout) -> None:
         frame = self._channel.post(header)
-        self._going.append((header.layer, frame, self._channel.layer(pieces, sends=True)))
+        self._going.append((header.layer, frame, self._channel.layer(layout.form, sends=True)))
 
     def _sent(self, layer: int) -> None:
         while self._going and self._going[0][0] <= layer:
             number, frame, going = self._going[0]
             self._channel.wait(frame, f"taking layer {number}", watch=True)
-            self._channel.finished(going, f"taking layer {number}", watch=True)
+            self._channel.wait(going, f"taking layer {number}", watch=True)
             del self._going[0]
 
 
-class MpiReceiver(WireReceiver):
-    """The decode rank's end; `peer_rank` is the prefill rank in `comm`."""
-
-    name = "mpi"
-    _channel: MpiChannel
+class MpiSender(SendsOverMpi):
+    """The prefill rank's end; `peer_rank` is the decode rank in `comm`."""
 
     def __init__(self, comm: Any, peer_rank: int, *, deadline_s: float = 30.0, verify: bool = True):
         super().__init__(verify=verify)
         self._made = MpiChannel(comm, peer_rank, self.peer, deadline_s)
-        self._coming: Any = None  # a layer's bytes, asked for before its header is here
 
     def _meet(self) -> MpiChannel:
         return self._made
 
-    def _prepare(self, pieces: list[torch.Tensor]) -> None:
-        self._coming = self._channel.layer(pieces, sends=False)
 
-    def _receive(self, header: Header, payload: bytes, pieces: list[torch.Tensor]) -> None:
-        self._channel.finished(self._coming, f"receiving layer {header.layer}", watch=False)
+class ReceivesOverMpi(_Forms, WireReceiver):
+    """A decode end whose channel is an MpiChannel."""
+
+    name = "mpi"
+
+    def __init__(self, *arguments: Any, **settings: Any):
+        super().__init__(*arguments, **settings)
+        self._coming: Any = None  # a layer's bytes, asked for before its header is here
+
+    def _prepare(self, layout: Layout) -> None:
+        self._coming = self._channel.layer(layout.form, sends=False)
+
+    def _receive(self, header: Header, payload: bytes, layout: Layout) -> None:
+        self._channel.wait(self._coming, f"receiving layer {header.layer}")
         self._coming = None
 
     def close(self) -> None:
         if self._coming is not None:
-            self._coming[0].Cancel()
+            self._coming.Cancel()
             self._coming = None
         super().close()
+
+
+class MpiReceiver(ReceivesOverMpi):
+    """The decode rank's end; `peer_rank` is the prefill rank in `comm`."""
+
+    def __init__(self, comm: Any, peer_rank: int, *, deadline_s: float = 30.0, verify: bool = True):
+        super().__init__(verify=verify)
+        self._made = MpiChannel(comm, peer_rank, self.peer, deadline_s)
+
+    def _meet(self) -> MpiChannel:
+        return self._made

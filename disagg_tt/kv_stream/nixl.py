@@ -21,8 +21,9 @@ import torch
 
 from disagg_tt.errors import DisaggError, InputError, PeerError, StreamError
 from disagg_tt.kv_stream.frame import Header, Kind, encode_descriptors, parse_descriptors, parse_header
+from disagg_tt.kv_stream.host_wire import expect, tell
+from disagg_tt.kv_stream.layout import Extents, Layout, coalesce
 from disagg_tt.kv_stream.tcp import TcpChannel, TcpReceiver, TcpSender
-from disagg_tt.kv_stream.wire import Extents, coalesce, expect, tell
 
 LEASE_S = 30.0
 BUSY_S = 0.002  # of polling without a pause
@@ -107,9 +108,12 @@ class NixlSender(TcpSender):
         channel.put(Header(Kind.AGENT, length=len(metadata)), metadata)
         return channel
 
-    def _send(self, header: Header, pieces: list[torch.Tensor]) -> None:
+    def _form(self, pieces: list[torch.Tensor]) -> Any:
+        return encode_descriptors(pieces)
+
+    def _send(self, header: Header, layout: Layout) -> None:
         self._channel.check_failure()
-        where = encode_descriptors(pieces)
+        where = layout.form
         self._leases[header.layer] = time.monotonic() + self._lease_s
         self._channel.put(
             Header(Kind.READABLE, header.request, header.layer, len(where), header.value), where
@@ -190,11 +194,14 @@ class NixlReceiver(TcpReceiver):
         self._remote = remote.decode() if isinstance(remote, bytes) else str(remote)
         return channel
 
-    def _receive(self, header: Header, payload: bytes, pieces: list[torch.Tensor]) -> None:
+    def _form(self, pieces: list[torch.Tensor]) -> Any:
+        return encode_descriptors(pieces)
+
+    def _receive(self, header: Header, payload: bytes, layout: Layout) -> None:
         layer, agent = header.layer, self.memory.agent
-        key = encode_descriptors(pieces) + payload
+        key = layout.form + payload
         handle = self._transfers.get(key) or self._transfer(
-            key, pieces, parse_descriptors(payload, self._planned().layer_bytes)
+            key, layout.pieces, parse_descriptors(payload, self._planned().layer_bytes)
         )
         note, state = Header(Kind.READ, header.request, layer).encode(), "PROC"
 

@@ -1,4 +1,4 @@
-"""K and V through the hosts' memories, over any wire (wire.py): for meshes that no socket joins.
+"""K and V through the hosts' memories, over any wire (host_wire.py): for meshes that no socket joins.
 
     prefill  chips -> host tensors -> layer buffers -> wire       the last two steps by a thread, while prefill goes on
     decode   wire -> layer buffer -> host tensors -> chips -> cache
@@ -26,7 +26,7 @@ from disagg_tt.device.host import staging
 from disagg_tt.errors import DisaggError, InputError, StreamError
 from disagg_tt.kv_stream.base import KVReceiver, Metadata, PrefillTimes, RemoteSender, State, layer_spec
 from disagg_tt.kv_stream.control import Control, expect, reason_of
-from disagg_tt.kv_stream.wire import Plan, WireReceiver, WireSender
+from disagg_tt.kv_stream.host_wire import Plan, WireReceiver, WireSender
 
 SEND_DEPTH = 4  # layers between the chips and the wire
 RECEIVE_DEPTH = 2  # layers between the wire and the cache

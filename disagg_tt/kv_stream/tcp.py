@@ -15,12 +15,14 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from disagg_tt.errors import DisaggError, InputError, PeerError, StreamError
 from disagg_tt.kv_stream.frame import HEADER_BYTES, Header, Kind, parse_header, view_of
-from disagg_tt.kv_stream.wire import Channel, WireReceiver, WireSender, expect, tell
+from disagg_tt.kv_stream.host_wire import Channel, WireReceiver, WireSender, expect, tell
+from disagg_tt.kv_stream.layout import Layout
 from disagg_tt.transfer_config import is_loopback
 
 NONCE_BYTES = 32
@@ -167,9 +169,12 @@ class TcpSender(WireSender):
         if not hmac.compare_digest(answer, _proof(self._token, nonce, b"decode")):
             raise StreamError(f"{who} does not know the token; give both ends the same one")
 
-    def _send(self, header: Header, pieces: list[torch.Tensor]) -> None:
+    def _form(self, pieces: list[torch.Tensor]) -> Any:
+        return [view_of(piece) for piece in pieces]
+
+    def _send(self, header: Header, layout: Layout) -> None:
         self._channel.check_failure()
-        self._channel.put_views(header, [view_of(piece) for piece in pieces])
+        self._channel.put_views(header, layout.form)
 
     def _sent(self, layer: int) -> None:
         """Nothing to wait for: the kernel has copied what it was given."""
@@ -262,8 +267,11 @@ class TcpReceiver(WireReceiver):
         mine = _proof(self._token, theirs, b"decode")
         channel.put(Header(Kind.PROOF, length=len(mine)), mine)
 
-    def _receive(self, header: Header, payload: bytes, pieces: list[torch.Tensor]) -> None:
-        self._channel.fill([view_of(piece) for piece in pieces], f"receiving layer {header.layer}")
+    def _form(self, pieces: list[torch.Tensor]) -> Any:
+        return [view_of(piece) for piece in pieces]
+
+    def _receive(self, header: Header, payload: bytes, layout: Layout) -> None:
+        self._channel.fill(layout.form, f"receiving layer {header.layer}")
 
     def close(self) -> None:
         super().close()

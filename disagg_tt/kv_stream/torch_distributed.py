@@ -16,8 +16,9 @@ import torch
 
 from disagg_tt.errors import InputError, PeerError
 from disagg_tt.kv_stream.frame import HEADER_BYTES, Header, Kind, parse_header
+from disagg_tt.kv_stream.host_wire import Channel, WireReceiver, WireSender
+from disagg_tt.kv_stream.layout import Extents, Layout
 from disagg_tt.kv_stream.tcp import listen
-from disagg_tt.kv_stream.wire import Channel, Extents, WireReceiver, WireSender
 from disagg_tt.transfer_config import is_loopback
 
 BACKENDS = ("gloo", "nccl")
@@ -163,7 +164,8 @@ class TorchSender(WireSender):
         store = partial(dist.TCPStore, *self._address, 2, is_master=False, timeout=limit)
         return TorchChannel(self._backend, store, 0, self._address, self._deadline_s)
 
-    def _send(self, header: Header, pieces: list[torch.Tensor]) -> None:
+    def _send(self, header: Header, layout: Layout) -> None:
+        pieces = layout.pieces
         if self._channel.stages(pieces):
             self._sent(header.layer - 1)
         works = self._channel.post(header)
@@ -208,13 +210,13 @@ class TorchReceiver(WireReceiver):
         )
         return TorchChannel(self._backend, store, 1, address, self._deadline_s)
 
-    def _prepare(self, pieces: list[torch.Tensor]) -> None:
+    def _prepare(self, layout: Layout) -> None:
         if self._backend == "gloo":  # nccl knows no tags: it would write the header there
-            self._coming = self._channel.receive(pieces)
+            self._coming = self._channel.receive(layout.pieces)
 
-    def _receive(self, header: Header, payload: bytes, pieces: list[torch.Tensor]) -> None:
+    def _receive(self, header: Header, payload: bytes, layout: Layout) -> None:
         if self._backend != "gloo":
-            self._coming = self._channel.receive(pieces)
+            self._coming = self._channel.receive(layout.pieces)
         self._coming(f"receiving layer {header.layer}")
 
     def close(self) -> None:

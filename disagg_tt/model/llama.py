@@ -48,7 +48,8 @@ class Llama:
         chips = mesh.get_num_devices()
         self.chips = chips
         self.heads, self.kv_heads = config.num_attention_heads // chips, config.num_key_value_heads // chips
-        self.scale = config.head_dim**-0.5
+        # in float32: the chunked attention takes no other number
+        self.scale = float(torch.tensor(config.head_dim**-0.5, dtype=torch.float32))
         self.grid = mesh.compute_with_storage_grid_size()
         # HiFi2 keeps all of a bfloat8_b weight's mantissa; bfloat16 weights need HiFi4.
         exact = weights.lm_head.dtype == ttnn.bfloat16

@@ -14,6 +14,8 @@ from disagg_tt.serving.generation import Account, Backend, Generation, Logprob, 
 from disagg_tt.serving.metrics import Metrics
 from disagg_tt.tokens import TextStream
 
+AHEAD = 16  # pieces that wait for the client
+
 
 class Tokenizer(Protocol):
     """What the server needs of a tokenizer; prompt.Tokenizer is one."""
@@ -87,11 +89,10 @@ class Answer:
 
 
 class Answers:
-    """All answers to one request, begun at once: an iterator over their pieces as they come. Close it, always.
+    """All answers to one request, begun at once: an iterator over what they grow by, as it comes. Close it, always.
 
-    A piece waits until it is taken, so that a client who reads slowly leaves at most one a answer here.
-    The first failure of one answer is raised to whoever waits for the next piece. OverloadError at once, with nothing left
-    begun, where the backend takes not all of them.
+    It gives all pieces that have come since, and holds no more than `AHEAD`, so that the answers to a client who reads
+    slowly take few writes and little memory here. The first failure of one answer is raised to whoever waits for the next pieces.
     """
 
     def __init__(
@@ -107,11 +108,13 @@ class Answers:
         self._pumps: list[asyncio.Task[None]] = []
         self._backend, self._wanted, self._tokenizer, self._stop = backend, wanted, tokenizer, stop
         self._metrics = metrics
-        self._came: asyncio.Queue[Piece | Exception] = asyncio.Queue(1)
+        self._came: asyncio.Queue[Piece | Exception] = asyncio.Queue(AHEAD)
+        self._failure: Exception | None = None
+        self._closed = False
         self._left = len(wanted)
 
-    async def begin(self) -> Piece:
-        """Begin all answers; return the first piece of whichever is first."""
+    async def begin(self) -> list[Piece]:
+        """Begin all answers; return the first pieces of whichever is first. OverloadError where not all are taken."""
         for index, wanted in enumerate(self._wanted):
             stream = self._backend.generate(wanted)
             self._streams.append(stream)
@@ -124,15 +127,22 @@ class Answers:
     def __aiter__(self) -> Answers:
         return self
 
-    async def __anext__(self) -> Piece:
+    async def __anext__(self) -> list[Piece]:
+        if self._failure is not None:
+            raise self._failure
         if self._left == 0:
             raise StopAsyncIteration
-        came = await self._came.get()
-        if isinstance(came, Exception):
-            raise came
-        if came.finish_reason:
-            self._left -= 1
-        return came
+        pieces: list[Piece] = []
+        while not pieces or not self._came.empty():
+            came = await self._came.get()
+            if isinstance(came, Exception):
+                self._failure = came
+                break
+            pieces.append(came)
+            self._left -= came.finish_reason is not None
+        if not pieces and self._failure is not None:
+            raise self._failure
+        return pieces
 
     async def _pump(self, answer: Answer, stream: Stream) -> None:
         try:
@@ -148,9 +158,14 @@ class Answers:
             raise PeerError(f"an answer ended after {answer.tokens} tokens without a reason; ask again")
         except Exception as error:
             await self._came.put(error)
+        except asyncio.CancelledError:
+            if not self._closed:  # then not by this class, and whoever waits must hear of it
+                await self._came.put(PeerError("an answer was given up on the way; ask again"))
+            raise
 
     async def close(self) -> None:
         """End what still runs, on the meshes too; nothing to do where all have finished."""
+        self._closed = True
         for pump in self._pumps:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)

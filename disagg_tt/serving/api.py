@@ -161,6 +161,14 @@ class CompletionRequest(_Request):
     max_tokens: NewTokens = 16
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
+    @field_validator("prompt")
+    @classmethod
+    def _not_too_many(cls, prompt: Any, info: ValidationInfo) -> Any:
+        many = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
+        if many * info.data.get("n", 1) > MAX_CHOICES:
+            raise ValueError(f"prompts times n may be {MAX_CHOICES} at most")
+        return prompt
+
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         """Each prompt, as text or as token ids."""

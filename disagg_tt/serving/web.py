@@ -202,6 +202,8 @@ async def serving(
     ready = asyncio.create_task(server.ready.wait())
     try:
         await asyncio.wait((task, ready), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            await task  # raises why it could not start
         yield
     finally:
         ready.cancel()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from disagg_tt.__main__ import main
-from disagg_tt.bench import jobs, measure
+from disagg_tt.bench import jobs, measure, request_times
 from disagg_tt.bench.deep import wide_config
 from disagg_tt.bench.stages import STAGES, chosen
 from disagg_tt.bench.table import Row, table
@@ -48,6 +48,66 @@ def test_quick_stages_print_tables_and_one_json_line(
         assert row["reference"] > 0
         assert row["ratio"] == pytest.approx(row["ours"] / row["reference"])
     assert all(row["met"] and row["required"] and row["ours"] == row["reference"] for row in rows[:4])
+
+
+def test_requests_by_transport_against_one_mesh_measured_or_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "requests.json"
+    words = ["bench", "stages", "--quick", "--transport", "tcp"]
+    assert main([*words, "--json", str(file)]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    first = json.loads(last)["requests"]
+    assert json.loads(file.read_text())["requests"] == first
+    assert [(r["transport"], r["tokens"], r["new_tokens"]) for r in first] == [
+        (name, tokens, 9) for tokens in (32, 128) for name in ("single mesh", "tcp")
+    ]
+    table = [line.split() for line in lines if line]
+    assert len(table) == 1 + len(first) and table[0][0] == "transport"
+    for row in first:
+        assert row["prefill_ms"] > 0 and row["decode_ms"] > 0
+        assert row["hidden_ms"] + row["exposed_ms"] == pytest.approx(row["transfer_ms"])
+        assert row["total_ms"] == pytest.approx(row["prefill_ms"] + row["exposed_ms"] + row["decode_ms"])
+        one = next(r for r in first if r["transport"] == "single mesh" and r["tokens"] == row["tokens"])
+        assert row["baseline_ms"] == one["total_ms"]
+        more = (row["total_ms"] - one["total_ms"]) / row["total_ms"]
+        assert row["overhead_percent"] == pytest.approx(100 * more)
+        assert (row["transfer_ms"] > 0) == (row["transport"] == "tcp")
+    assert main([*words, "--baseline", str(file)]) == 0
+    second = json.loads(capsys.readouterr().out.splitlines()[-1])["requests"]
+    assert [r for r in second if r["transport"] != "tcp"] == [r for r in first if r["transport"] != "tcp"]
+    assert [r["tokens"] for r in second if r["transport"] == "tcp"] == [32, 128]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--transport", "tcp", "--rows", "wire"], "--rows and --transport are two reports"),
+        (["--baseline", "x.json"], "give both"),
+        (["--transport", "tcp", "--baseline", "nowhere.json"], "--baseline nowhere.json cannot be used"),
+        (["--json", "/nowhere/at/all.json"], "the folder /nowhere/at does not exist"),
+    ],
+)
+def test_bad_flags_of_stages_start_nothing(words, message, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(jobs.Place, "run", lambda *_: pytest.fail("a job was started"))
+    assert main(["bench", "stages", "--quick", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_baseline_of_other_requests_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "other.json"
+    plan = measure.Plan(tmp_path, 1, 1, new_tokens=9, overlap=(32,))
+    row = dict.fromkeys(request_times.Times.__dataclass_fields__, 1.0) | {
+        "transport": "single mesh",
+        "tokens": 32,
+    }
+    for new_tokens, refused in ((9, False), (10, True)):
+        file.write_text(json.dumps({"requests": [row | {"new_tokens": new_tokens}]}))
+        if refused:
+            with pytest.raises(InputError, match=r"no single mesh for \[32\] prompt tokens and 9 new"):
+                request_times.read_baseline(file, plan)
+        else:
+            assert [t.tokens for t in request_times.read_baseline(file, plan)] == [32]
 
 
 def test_stages_against_transformers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from disagg_tt import launch
 from disagg_tt.errors import RankBindingError
 from disagg_tt.launch import RankBinding, default_binding, run_job
 from disagg_tt.report import MAX_EVENT_BYTES
@@ -294,6 +295,63 @@ def test_a_signal_to_the_launcher_leaves_no_process(number):
         os.close(handle)
     if number == signal.SIGKILL:  # nobody was left to remove it
         shutil.rmtree(lines[0][1])
+
+
+FAKE_MPIRUN = """
+import os, sys
+from pathlib import Path
+count = Path(os.environ["COUNT"])
+count.write_text(count.read_text() + ".")
+print("PMIx detected a call to mkdir was unable to create the desired directory")
+sys.exit(213)
+"""
+
+
+@pytest.mark.parametrize("recovers", [True, False])
+def test_an_mpirun_that_fails_before_any_rank_is_started_once_more(binding, monkeypatch, tmp_path, recovers):
+    count, commands = tmp_path / "count", []
+    count.write_text("")
+
+    def command(program, *rest):
+        commands.append(program)
+        return [sys.executable, "-c", FAKE_MPIRUN]
+
+    real, begin = launch._command, launch.start
+    monkeypatch.setattr(launch, "_command", command)
+
+    def start(words, env, **options):
+        if recovers and count.read_text():
+            words = real(commands[0], binding, "emulator", tmp_path)
+        return begin(words, env, **options)
+
+    monkeypatch.setattr(launch, "start", start)
+    code, events = run(binding, "end(0)", env={"COUNT": str(count)})
+    if recovers:
+        assert (code, count.read_text(), len(named(events, "closed"))) == (0, ".", 2)
+    else:
+        assert (code, count.read_text()) == (1, "..")
+        (failed,) = named(events, "failed")
+        assert failed["reason"].startswith(
+            "the launcher ended with exit code 213: PMIx detected a call to mkdir"
+        )
+
+
+def test_another_failure_of_the_launcher_is_final(binding, monkeypatch):
+    monkeypatch.setattr(
+        launch, "_command", lambda *_: [sys.executable, "-c", "print('no'); raise SystemExit(9)"]
+    )
+    code, events = run(binding, "end(0)")
+    assert (code, [event["reason"] for event in events]) == (9, ["the launcher ended with exit code 9: no"])
+
+
+def test_mpiruns_own_files_lie_in_the_jobs_folder(binding):
+    body = """
+folder = os.environ["OMPI_MCA_btl_sm_backing_directory"]
+report.emit({"event": "files", "found": [n for n in os.listdir(folder) if n.startswith("ompi.")]})
+end(0)
+"""
+    code, events = run(binding, body)
+    assert code == 0 and all(len(event["found"]) == 1 for event in named(events, "files"))
 
 
 def test_a_binding_of_three_ranks_starts_nothing(binding):

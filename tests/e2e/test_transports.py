@@ -10,10 +10,11 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Result, Running, cli, end_of, environment, started, tokens_here, two_ranks
+from runs import Result, Running, cli, end_of, environment, run, started, tokens_here, two_ranks
 
 PROMPTS = ("What is the capital of France?", "Hello there! " * 12)
 FLAGS = ["--max-new-tokens", "12", *(word for prompt in PROMPTS for word in ("--prompt", prompt))]
@@ -69,9 +70,15 @@ def config(role: str, port: int, connector: str = "tcp", **extra: Any) -> list[s
     return ["--kv-transfer-config", json.dumps(values)]
 
 
+MPICH = Path(sys.prefix) / "mpich"  # as make test installs it
+
+
 @contextmanager
-def program(*words: str, **env: str) -> Iterator[Running]:
+def program(*words: str, connector: str = "tcp", **env: str) -> Iterator[Running]:
     command = [sys.executable, "-m", "disagg_tt", "generate", *words]
+    if connector == "mpi":
+        command = [str(MPICH / "bin/mpiexec"), "-n", "1", *command]
+        env["MPI4PY_LIBMPI"] = str(MPICH / "lib/libmpi.so.12")
     with started(command, environment(**env)) as running:
         yield running
 
@@ -81,16 +88,22 @@ def two_programs(
 ) -> tuple[Result, Result]:
     """Run both programs to their ends: (decode, prefill)."""
     port = free_port()
-    ours, theirs = ({"DISAGG_TT_TOKEN": token} for token in tokens)
-    with program(*consumer, *config("consumer", port, connector), **ours) as running:
-        prefill = cli("generate", *producer, *config("producer", port, connector), **theirs)
-        return end_of(running), prefill
+    ours, theirs = ({"DISAGG_TT_TOKEN": token, "connector": connector} for token in tokens)
+    with (
+        program(*consumer, *config("consumer", port, connector), **ours) as decode,
+        program(*producer, *config("producer", port, connector), **theirs) as prefill,
+    ):
+        return end_of(decode), end_of(prefill)
 
 
-@pytest.mark.parametrize(("connector", "kv_dtype"), [("tcp", "bfloat8_b"), ("nixl", "bfloat16")])
+@pytest.mark.parametrize(
+    ("connector", "kv_dtype"), [("tcp", "bfloat8_b"), ("nixl", "bfloat16"), ("mpi", "bfloat8_b")]
+)
 def test_two_programs_give_the_tokens_of_one_mesh_and_the_prefill_program_prints(connector, kv_dtype):
     if connector == "nixl":
         pytest.importorskip("nixl")
+    if connector == "mpi" and not MPICH.exists():
+        pytest.skip(f"no MPICH in {MPICH}")
     settings = ["--kv-dtype", kv_dtype]
     decode, prefill = two_programs(
         settings, ["--json", *settings, *FLAGS], connector, tokens=("secret", "secret")
@@ -126,6 +139,41 @@ def test_a_program_whose_peer_never_comes_says_so(role, reason):
     result = cli("generate", "--deadline-s", "1", *config(role, free_port()))
     assert (result.code, result.left) == (1, [])
     assert reason in result.err
+
+
+FAKE_SSH = """#!/bin/sh
+host=$1; shift
+exec /bin/sh -c "$*"
+"""
+
+
+@pytest.mark.parametrize(
+    "hosts", ["localhost slots=2\n", "localhost slots=1\nother slots=1\n"], ids=["one", "two"]
+)
+def test_ranks_on_the_hosts_of_a_hostfile_give_the_tokens_of_one_mesh(hosts, tmp_path):
+    """The second host is this machine too, reached by a program in ssh's place: mpirun starts a daemon of its own there."""
+    file, ssh = tmp_path / "hosts", tmp_path / "ssh"
+    file.write_text(hosts)
+    ssh.write_text(FAKE_SSH)
+    ssh.chmod(0o700)
+    own: list[str] = []
+    for name, value in (
+        ("plm_ssh_agent", ssh),
+        *((f"prte_{n}_tmpdir_base", tmp_path / n) for n in ("local", "remote")),
+    ):
+        own += ["--prtemca", name, str(value)]
+    mpirun = [
+        str(Path(sys.executable).parent / "mpirun"),
+        "--hostfile",
+        str(file),
+        *own,
+        "-x",
+        "DISAGG_TT_DEVICE",
+    ]
+    generate = [sys.executable, "-m", "disagg_tt", "generate", "--transport", "mpi", "--json", *FLAGS]
+    done = run([*mpirun, "-x", "PYTHONPATH", "-n", "2", *generate])
+    assert done.tokens() == expected("bfloat8_b")
+    assert done.left == []
 
 
 @pytest.mark.parametrize("killed", ["consumer", "producer"])

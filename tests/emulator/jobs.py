@@ -10,7 +10,7 @@ from typing import Any
 
 from socket_ranks import PATIENCE
 
-from disagg_tt.mpi import job_folder, mpi_environment, mpirun_command
+from disagg_tt.mpirun import job_folder, mpi_environment, mpirun_command
 
 PROGRAM = Path(__file__).with_name("socket_ranks.py")
 

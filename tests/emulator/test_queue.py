@@ -10,6 +10,7 @@ import torch
 from tensors import OpenMesh, chips, put
 
 from disagg_tt.device import emulator as ttnn
+from disagg_tt.device.emulator import waits
 from disagg_tt.device.emulator.queue import CommandQueue, Event
 from disagg_tt.errors import DeviceError
 
@@ -110,6 +111,25 @@ def test_work_rejected_at_once_leaves_the_queue_usable(mesh: Any) -> None:
         ttnn.embedding(ids, table)
     ttnn.synchronize_device(mesh)
     assert chips(ttnn.embedding(ttnn.zeros_like(ids), table))[0].tolist() == [[[1, 0, 0, 0]]]
+
+
+def test_what_a_queue_waits_for_wins_over_the_hosts_own_limit() -> None:
+    """The host's limit is over long before that of the wait in the queue's work, which says what is missing."""
+    queue, waiting = CommandQueue("mesh 0, queue 0", 0.001), threading.Event()
+
+    def receive() -> None:
+        with waits.Wait("a matching send", list, limit_s=0.2) as wait:
+            waiting.set()
+            while True:
+                wait.pause()
+
+    try:
+        queue.submit("receive", receive, waits=True)
+        assert waiting.wait(PATIENCE_S)
+        with pytest.raises(DeviceError, match="a matching send did not happen within 0.2 s"):
+            queue.wait()
+    finally:
+        queue.close()
 
 
 def test_a_wait_that_makes_no_progress_says_where_it_is() -> None:

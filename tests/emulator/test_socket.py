@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any
 
@@ -154,8 +155,9 @@ def test_receives_in_another_order_than_the_sends_are_an_error(meshes: tuple[Any
     out, into = pair(meshes, fifo=4096)
     for kind in ("bfloat16", "uint32"):
         ttnn.experimental.send_async(sent(meshes[0], kind), out)
-    for kind in ("uint32", "bfloat16"):
-        ttnn.experimental.recv_async(empty(meshes[1], kind), into)
+    with contextlib.suppress(DeviceError):  # the second is refused if the first has failed by then
+        for kind in ("uint32", "bfloat16"):
+            ttnn.experimental.recv_async(empty(meshes[1], kind), into)
     for mesh in meshes:
         with pytest.raises(
             DeviceError,

@@ -25,7 +25,7 @@ ROWS = (
         "processes",
         "job_output",
         "mesh_descriptor",
-        "mpi",
+        "mpirun",
         "terminal",
     ),
     ("rank_binding",),

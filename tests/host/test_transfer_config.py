@@ -54,8 +54,11 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a port as text": ({**PLAIN, "kv_port": "14579"}, "kv_port is '14579'; allowed: .*kv_port .int."),
     "a port as truth": ({**PLAIN, "kv_port": True}, "kv_port is True"),
     "a port out of range": ({**PLAIN, "kv_port": 65535}, "kv_port is 65535; allowed: 1 to 65534"),
-    "no connector": ({"kv_role": "kv_consumer"}, "kv_connector is None; allowed: tcp, nixl"),
-    "another connector": ({**PLAIN, "kv_connector": "mpi"}, "kv_connector is 'mpi'; allowed: tcp, nixl"),
+    "no connector": ({"kv_role": "kv_consumer"}, "kv_connector is None; allowed: mpi, tcp, nixl"),
+    "another connector": (
+        {**PLAIN, "kv_connector": "torch"},
+        "kv_connector is 'torch'; allowed: mpi, tcp, nixl",
+    ),
     "another role": (
         {**PLAIN, "kv_role": "kv_both"},
         "kv_role is 'kv_both'; allowed: kv_producer, kv_consumer",

@@ -23,7 +23,7 @@ from disagg_tt.kv_stream.frame import (
     parse_descriptors,
     parse_header,
 )
-from disagg_tt.kv_stream.wire import MAX_LAYER_BYTES, MAX_LAYERS, Plan
+from disagg_tt.kv_stream.host_wire import MAX_LAYER_BYTES, MAX_LAYERS, Plan
 
 HEADERS = 100_000
 LISTS = 30_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import socket
 import struct
@@ -18,17 +19,20 @@ from typing import Any
 
 import pytest
 import torch
+import wire_child
+import wire_ends
 from wire_ends import CASES, PLAN, begun, outcome, pair, receive, run_ends, send, values
 
 from disagg_tt.errors import DisaggError, PeerError, StreamError
 from disagg_tt.kv_stream.frame import DESCRIPTOR, Header, Kind
+from disagg_tt.kv_stream.host_wire import Plan
 from disagg_tt.kv_stream.tcp import MOST_UNPROVEN, TcpReceiver, TcpSender
-from disagg_tt.kv_stream.wire import Plan
-from disagg_tt.mpi import job_folder, mpi_environment, mpirun_command
+from disagg_tt.mpirun import job_folder, mpi_environment, mpirun_command
 
 SOON_S = 0.4  # the deadline where the test waits for it
 LATE_S = 10.0  # a loaded machine's delay
 KINDS = ("tcp", "nixl")
+mpich = pytest.mark.skipif(not wire_ends.MPICH.exists(), reason=f"no MPICH in {wire_ends.MPICH}")
 CHILD = Path(__file__).with_name("wire_child.py")
 
 
@@ -258,7 +262,7 @@ def test_silent_strangers_are_dropped_when_they_are_too_many():
 @pytest.mark.parametrize(("kind", "layer"), [("tcp", 0), ("tcp", 2), ("nixl", 2)])
 @pytest.mark.parametrize("dies", ["prefill", "decode"])
 def test_a_peer_killed_in_a_stream_is_noticed(kind, layer, dies):
-    prefill, decode = pair(kind)
+    prefill, decode = pair(kind, deadline_s=wire_child.START_S)  # a loaded machine starts a process slowly
     stays = decode if dies == "prefill" else prefill
     port = str(decode.port)
     if dies == "decode":
@@ -273,7 +277,7 @@ def test_a_peer_killed_in_a_stream_is_noticed(kind, layer, dies):
         stays.begin(PLAN)
         for number in range(PLAN.layers):
             if number == layer:
-                assert child.stdout and child.stdout.readline() == "here\n"
+                assert child.stdout and child.stdout.readline().startswith("here ")
                 child.send_signal(signal.SIGKILL)
                 child.wait()
             if dies == "prefill":
@@ -283,13 +287,48 @@ def test_a_peer_killed_in_a_stream_is_noticed(kind, layer, dies):
                 stays.sent(number)
         stays.finish()
 
-    started = time.monotonic()
     with pytest.raises(PeerError, match=r"closed the connection|gone"):
         stream()
-    assert time.monotonic() - started < 25
     child.stdin.close()
     child.stdout.close()
     check_released(stays)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@mpich
+@pytest.mark.parametrize(("dies", "layer"), [("prefill", 0), ("prefill", 2), ("decode", 2)])
+def test_an_mpi_program_whose_peer_is_killed_streams_with_the_next(dies, layer):
+    stays = "decode" if dies == "prefill" else "prefill"
+    command, env = wire_ends.mpich(str(CHILD))
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": env}
+    with subprocess.Popen([*command, "survivor", stays], **pipes) as survivor:
+        ended = []
+        for until in (layer, PLAN.layers):
+            port = free_port()
+            print(port, file=survivor.stdin, flush=True)
+            with subprocess.Popen([*command, dies, "mpi", str(port), str(until)], **pipes) as other:
+                said, _, pid = other.stdout.readline().split()
+                assert said == "here"
+                if until == layer:
+                    os.kill(int(pid), signal.SIGKILL)
+                ended.append(survivor.stdout.readline().strip())
+                other.stdin.close()
+        survivor.stdin.close()
+    assert re.match(r"PeerError: .*(closed the connection|gone)", ended[0]), ended
+    assert ended[1] == "ok"
+    assert survivor.returncode == 0
+
+
+def test_mpi_between_programs_says_what_it_needs():
+    """In a process of its own: MPI keeps files open."""
+    program = "from disagg_tt.kv_stream.mpi_programs import MpiProgramReceiver as r; r()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert "InputError: mpi between two programs needs MPICH and an mpiexec for each" in done.stderr
+    assert "this program has Open MPI" in done.stderr and "PREFIX/bin/mpiexec -n 1" in done.stderr
 
 
 def test_a_killed_rank_ends_the_mpi_job():

@@ -1,4 +1,4 @@
-"""Every wire keeps the contract of `wire`: one suite of cases, run over each."""
+"""Every wire keeps the contract of `host_wire`: one suite of cases, run over each."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import wire_ends
 from wire_ends import CASES, LAYERS, PLAN, values
 
 from disagg_tt.errors import InputError
+from disagg_tt.kv_stream.layout import coalesce
 from disagg_tt.kv_stream.tcp import TcpReceiver
 from disagg_tt.kv_stream.torch_distributed import TorchReceiver
-from disagg_tt.kv_stream.wire import coalesce
 
 nccl = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="nccl needs 2 CUDA devices")
+mpich = pytest.mark.skipif(not wire_ends.MPICH.exists(), reason=f"no MPICH in {wire_ends.MPICH}")
 THREADED = ["tcp", "nixl", "gloo", pytest.param("nccl", marks=nccl)]
 STAGED = ("gloo", "nccl")  # gather a layer of several extents into a buffer
 
@@ -35,6 +36,12 @@ def test_contract(kind, name):
 
 def test_contract_over_mpi():
     for name, ended in wire_ends.run_job().items():
+        check(name, ended)
+
+
+@mpich
+def test_contract_over_mpi_between_two_programs():
+    for name, ended in wire_ends.run_programs().items():
         check(name, ended)
 
 

@@ -2,6 +2,7 @@
 
 run(kind, name)         the case's outcomes in threads: (prefill's, decode's), "ok" or "StreamError: what it says"
 run_job()               all cases' outcomes over mpi, by name, from one job of two ranks
+run_programs()          the same from two programs that were started separately, each by MPICH's mpiexec
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from disagg_tt.errors import DisaggError, StreamError
+from disagg_tt.kv_stream.host_wire import Plan, WireReceiver, WireSender
 from disagg_tt.kv_stream.nixl import NixlReceiver, NixlSender
 from disagg_tt.kv_stream.tcp import TcpReceiver, TcpSender
 from disagg_tt.kv_stream.torch_distributed import TorchReceiver, TorchSender
-from disagg_tt.kv_stream.wire import Plan, WireReceiver, WireSender
-from disagg_tt.mpi import job_folder, mpi_environment, mpirun_command
+from disagg_tt.mpirun import job_folder, mpi_environment, mpirun_command
 
 DEADLINE_S = 30.0
 LAYERS, BLOCK, BLOCKS = 4, 1001, 24
@@ -331,7 +333,7 @@ def run(kind: str, name: str) -> tuple[str, str]:
 
 
 def run_job() -> dict[str, tuple[str, str]]:
-    command = mpirun_command([sys.executable, __file__], [{}, {}])
+    command = mpirun_command([sys.executable, __file__, "rank"], [{}, {}])
     with job_folder() as folder:
         env = mpi_environment(folder) | {"PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
@@ -343,21 +345,65 @@ def run_job() -> dict[str, tuple[str, str]]:
     return {name: (both[0], both[1]) for name, both in found.items()}
 
 
-def main() -> None:
+MPICH = Path(sys.prefix) / "mpich"  # as make test installs it
+
+
+def mpich(*words: str) -> tuple[list[str], dict[str, str]]:
+    """The command and the environment of a Python program that MPICH starts."""
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX_", "PRTE_"))
+    }
+    env |= {"MPI4PY_LIBMPI": str(MPICH / "lib/libmpi.so.12"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    return [str(MPICH / "bin/mpiexec"), "-n", "1", sys.executable, *words], env
+
+
+def run_programs() -> dict[str, tuple[str, str]]:
+    command, env = mpich(__file__, "prefill")
+    decode = subprocess.Popen([*command[:-1], "decode"], env=env, stdout=subprocess.PIPE, text=True)
+    with decode:
+        prefill = subprocess.run(
+            command, env=env, stdin=decode.stdout, stdout=subprocess.PIPE, text=True, timeout=120
+        )
+    found = {name: (one, other) for name, one, other in map(json.loads, prefill.stdout.splitlines())}
+    assert set(found) == set(CASES), prefill.stdout
+    return found
+
+
+def decode_program() -> None:
+    """Print the port where each case's end listens, then how it ended."""
+    from disagg_tt.kv_stream.mpi_programs import MpiProgramReceiver
+
+    for case in CASES.values():
+        end = MpiProgramReceiver(token="secret", deadline_s=DEADLINE_S)
+        print(end.port, flush=True)
+        print(json.dumps(outcome(case.decode, end)), flush=True)
+
+
+def prefill_program() -> None:
+    """Print the outcomes of each case, the decode program's read from the input."""
+    from disagg_tt.kv_stream.mpi_programs import MpiProgramSender
+
+    for name, case in CASES.items():
+        end = MpiProgramSender("127.0.0.1", int(input()), token="secret", deadline_s=DEADLINE_S)
+        ours = outcome(case.prefill, end)
+        print(json.dumps([name, ours, json.loads(input())]), flush=True)
+
+
+def rank() -> None:
     """Be one rank of the job: rank 0 is prefill."""
     from mpi4py import MPI
 
     from disagg_tt.kv_stream.mpi import MpiReceiver, MpiSender
 
-    rank = MPI.COMM_WORLD.rank
+    me = MPI.COMM_WORLD.rank
     for name, case in CASES.items():
         comm = MPI.COMM_WORLD.Dup()  # what a failed case leaves behind stays in its own
-        end = (MpiReceiver if rank else MpiSender)(comm, 1 - rank, deadline_s=DEADLINE_S)
-        print(json.dumps([rank, name, outcome(case.decode if rank else case.prefill, end)]), flush=True)
+        end = (MpiReceiver if me else MpiSender)(comm, 1 - me, deadline_s=DEADLINE_S)
+        print(json.dumps([me, name, outcome(case.decode if me else case.prefill, end)]), flush=True)
     MPI.COMM_WORLD.Barrier()
     sys.stdout.flush()
     os._exit(0)  # MPI would wait for the messages of failed cases
 
 
 if __name__ == "__main__":
-    main()
+    {"decode": decode_program, "prefill": prefill_program, "rank": rank}[sys.argv[1]]()

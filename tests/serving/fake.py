@@ -9,12 +9,13 @@ from typing import Any
 
 from disagg_tt.model.checkpoint import find_checkpoint
 from disagg_tt.prompt import Tokenizer
+from disagg_tt.serving.completions import Served
 from disagg_tt.serving.generation import Account, Generation, Logprob, NewToken, State
-from disagg_tt.serving.server import Served, create_app
+from disagg_tt.serving.server import create_app
 from disagg_tt.serving.web import Patience, listen, serving
 
 MODEL, EOS, LIMIT = "tiny-llama", 4, 512
-Step = NewToken | Exception | asyncio.Event
+Step = NewToken | BaseException | asyncio.Event
 PATIENCE = Patience(closing=0.5)
 Script = Callable[[Generation], Sequence[Step]]
 
@@ -38,7 +39,7 @@ class FakeStream:
         for step in script:
             if isinstance(step, asyncio.Event):
                 await step.wait()
-            elif isinstance(step, Exception):
+            elif isinstance(step, BaseException):
                 raise step
             else:
                 await asyncio.sleep(0)

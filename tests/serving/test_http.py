@@ -217,6 +217,44 @@ def test_a_reader_that_stalls_stops_the_taking_of_tokens_and_is_cut_off(backend,
     assert backend.streams[0].played < 10_000  # what the kernel's buffers and the server's 64 KiB hold
 
 
+def test_what_comes_while_a_client_reads_slowly_goes_out_in_one_write_and_is_bounded(backend, tokenizer):
+    said = " ".join(map(str, range(60)))
+    backend.script = lambda wanted: backend.says(said, wanted)
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+
+    async def main():
+        read = asyncio.Event()
+        bodies = []
+        request = [
+            {"type": "http.request", "body": json.dumps({**TEXT, "stream": True, "max_tokens": 400}).encode()}
+        ]
+
+        async def receive():
+            return request.pop() if request else await asyncio.Event().wait()
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                bodies.append(message.get("body", b""))
+                await read.wait()
+
+        app = asyncio.create_task(create_app(backend, tokenizer, served())(scope, receive, send))
+        await backend.began.wait()
+        ahead, (stream,) = -1, backend.streams
+        while not bodies or ahead < stream.played:  # until it stands still
+            ahead = stream.played
+            for _ in range(20):
+                await asyncio.sleep(0)
+        read.set()
+        await app
+        return ahead, bodies, stream.played
+
+    ahead, bodies, played = run(main())
+    chunks = [json.loads(event[6:]) for event in b"".join(bodies).decode().split("\n\n")[:-2]]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == said
+    assert ahead < 40 < played  # AHEAD, and what the first writes took
+    assert bodies[1].count(b"data: ") > 10
+
+
 def test_idle_and_half_sent_connections_hinder_nobody_and_are_cut_off(backend, tokenizer):
     async def main():
         async with live(backend, tokenizer, Patience(headers=2.0, idle=2.0, closing=0.5)) as address:

@@ -219,6 +219,7 @@ def test_logprobs_in_both_forms(backend, tokenizer):
         ({"echo": True}, openai.BadRequestError, "echo", "unsupported_value"),
         ({"prompt": ""}, openai.BadRequestError, "prompt", "invalid_value"),
         ({"prompt": []}, openai.BadRequestError, "prompt", "invalid_value"),
+        ({"prompt": ["a"] * 65, "n": 2}, openai.BadRequestError, "prompt", "invalid_value"),
         ({"prompt": [5000]}, openai.BadRequestError, "prompt", "invalid_value"),
         ({"prompt": [7] * LIMIT}, openai.BadRequestError, "prompt", "context_length_exceeded"),
         ({"prompt": "word " * 10_000}, openai.BadRequestError, "prompt", "context_length_exceeded"),
@@ -277,7 +278,9 @@ def test_overload_says_when_to_come_again(backend, tokenizer):
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("error", [PeerError("the decode rank died"), ZeroDivisionError("secret")])
+@pytest.mark.parametrize(
+    "error", [PeerError("the decode rank died"), ZeroDivisionError("secret"), asyncio.CancelledError()]
+)
 def test_a_failure_before_the_first_token_is_an_error_status(backend, tokenizer, streamed, error):
     backend.script = lambda wanted: [error]
 

@@ -34,12 +34,17 @@ MODELS = {
 }  # fmt: skip
 KV_DTYPES = ("bfloat8_b", "bfloat16")
 PROMPTS = (1, 31, 100, 1000)
+CHUNKS = ((0, 512), (512, 488), (96, 1))  # first token, tokens
 SLOTS = (1, 3, 9, 32)
 CASES = [
     f"{model}-{dtype}-{stage}"
     for model in MODELS
     for dtype in KV_DTYPES
-    for stage in [*(f"prefill{n}" for n in PROMPTS), *(f"decode{n}" for n in SLOTS)]
+    for stage in [
+        *(f"prefill{n}" for n in PROMPTS),
+        *(f"chunk{first}" for first, _ in CHUNKS),
+        *(f"decode{n}" for n in SLOTS),
+    ]
 ]
 
 
@@ -69,6 +74,13 @@ def prefill(model: Llama, cache: PagedCache, tokens: int, sockets: Any, direct: 
     send(tile, sender)
     receive(received, receiver)
     read(received, lambda: torch.zeros(1, 1, 32, 32))
+
+
+def chunk(model: Llama, cache: PagedCache, first: int, tokens: int) -> None:
+    """Prefill `tokens` tokens from `first` on over what is in slot 0's blocks of `cache`, as a serving rank does."""
+    blocks = list(range(-(-(first + tokens) // BLOCK)))
+    logits = model.prefill_chunk(list(range(tokens)), first, cache, blocks, lambda layer, k, v: None)
+    read(model.greedy(logits), lambda: torch.zeros(1, ROWS, dtype=torch.int64))
 
 
 def decode(model: Llama, cache: PagedCache) -> None:
@@ -110,6 +122,9 @@ def run(folder: Path) -> None:
                 with log_calls(ttnn, folder / f"{name}-{kv}-prefill{tokens}.jsonl"):
                     cache = PagedCache(theirs, config, 1, blocks, blocks, kv_dtype)
                     prefill(models[0], cache, tokens, sockets, direct=tokens != PROMPTS[1])
+            for first, tokens in CHUNKS:
+                with log_calls(ttnn, folder / f"{name}-{kv}-chunk{first}.jsonl"):
+                    chunk(models[1], PagedCache(theirs, config, 1, blocks, blocks, kv_dtype), first, tokens)
             for slots in SLOTS:
                 with log_calls(ttnn, folder / f"{name}-{kv}-decode{slots}.jsonl"):
                     decode(models[1], PagedCache(theirs, config, slots, 4, 4 * slots, kv_dtype))

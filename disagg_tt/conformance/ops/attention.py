@@ -23,7 +23,7 @@ def _config(rng: Random, often: float = 0.4) -> dict[str, Value]:
 
 
 def _scale(rng: Random) -> dict[str, Value]:
-    return {"scale": rng.choice((0.125, 1.0, 1))} if rng.random() < 0.3 else {}
+    return {"scale": rng.choice((0.125, 1.0, 1, 0.1))} if rng.random() < 0.3 else {}
 
 
 def _sdpa(rng: Random) -> Case:

@@ -15,27 +15,34 @@ import torch
 
 from disagg_tt.device.emulator import shm, waits, wire
 from disagg_tt.device.emulator.board import Node
+from disagg_tt.device.emulator.slabs import UNIT, Slabs
 from disagg_tt.device.emulator.types import DataType
 from disagg_tt.errors import DeviceError
 
 UNDEFINED, REPLICATED = 1, 2  # flags: no values follow; the values of one chip, for all
 HEAD_BYTES = 1024
-_HEAD = struct.Struct("<QII")  # number, flags, bytes of the description
+_HEAD = struct.Struct(
+    "<QIIQ"
+)  # number, flags, bytes of the description, 1 + where the slab of values begins or 0
 _FAILURE_BYTES = 4096
 
 Head = tuple[int, int, bytes]
-Shards = Sequence[torch.Tensor]
+Rooms = Sequence[torch.Tensor]
 
 
 class Channel(Protocol):
-    """One end. `what` says what a wait is for; `number` counts a socket's transfers from 1."""
+    """One end. `what` says what a wait is for; `number` counts a socket's transfers from 1.
+
+    The sender's `shards` are [shards, *shape], the receiver's `rooms` as many tensors of one axis.
+    """
 
     def post(self, number: int) -> None: ...
     def run(self, number: int) -> None: ...
-    def write(self, head: Head, shards: Shards, dtype: DataType, what: Callable[[], str]) -> None: ...
+    def write(self, head: Head, shards: torch.Tensor, dtype: DataType, what: Callable[[], str]) -> None: ...
     def taken(self) -> int: ...
     def read_head(self, number: int, what: Callable[[], str]) -> Head: ...
-    def read(self, rooms: Shards, dtype: DataType, what: Callable[[], str]) -> None: ...
+    def keep(self, count: int, dtype: DataType) -> torch.Tensor | None: ...
+    def read(self, rooms: Rooms, dtype: DataType, what: Callable[[], str]) -> None: ...
     def done(self, number: int) -> None: ...
     def fail(self, error: str) -> None: ...
     def check(self) -> None: ...
@@ -64,6 +71,10 @@ class _Paired:
     def post(self, number: int) -> None:
         """Say that transfer `number` is enqueued here."""
         self._set(_POSTED + self._end, number)
+
+    def keep(self, count: int, dtype: DataType) -> torch.Tensor | None:
+        """Return the `count` values of the head that was read, one axis, in memory to be kept; None: `read` them."""
+        return None
 
     def run(self, number: int) -> None:
         """Say that transfer `number` runs here now, 0: none."""
@@ -129,7 +140,7 @@ class LocalChannel(_Paired):
         super().__init__(shared.words, end, waits.board.me)
         self._shared = shared
 
-    def write(self, head: Head, shards: Shards, dtype: DataType, what: Callable[[], str]) -> None:
+    def write(self, head: Head, shards: torch.Tensor, dtype: DataType, what: Callable[[], str]) -> None:
         self.check()
         self._shared.transfers.append((head, shards))
         self._set(_SENT, head[0])
@@ -139,10 +150,10 @@ class LocalChannel(_Paired):
         self.until(lambda: bool(transfers), number, what)
         return transfers[0][0]
 
-    def read(self, rooms: Shards, dtype: DataType, what: Callable[[], str]) -> None:
+    def read(self, rooms: Rooms, dtype: DataType, what: Callable[[], str]) -> None:
         _, shards = self._shared.transfers.popleft()
         for shard, room in zip(shards, rooms, strict=True):
-            room.copy_(shard)
+            room.copy_(shard.reshape(-1))
 
     def fail(self, error: str) -> None:
         self._shared.failure = self._shared.failure or error
@@ -157,12 +168,12 @@ class LocalPair:
 
     def __init__(self) -> None:
         self.words = memoryview(bytearray(8 * 8 * _WORDS)).cast("Q")
-        self.transfers: deque[tuple[Head, Shards]] = deque()
+        self.transfers: deque[tuple[Head, torch.Tensor]] = deque()
         self.failure = ""
 
 
 class RingChannel(_Paired):
-    """The other end is another rank of this host; heads and values go through a ring in shared memory.
+    """The other end is another rank of this host; heads and small values go through a ring in shared memory, others in slabs.
 
     Positions count bytes from the start and never wrap; nothing crosses the end of the ring. WRITTEN is where the sender
     is, READ where the receiver is.
@@ -175,14 +186,15 @@ class RingChannel(_Paired):
         memory = memoryview(segment.memory)
         super().__init__(memory[: 8 * 8 * _WORDS].cast("Q"), end, peer)
         self._text = memory[8 * 8 * _WORDS : self.HEADER]
-        self._ring = torch.frombuffer(segment.memory, dtype=torch.uint8, offset=self.HEADER)
-        self._bytes = memory[self.HEADER :]
+        self._slabs = Slabs(memory[self.HEADER : self.HEADER + Slabs.BYTES])
+        self._bytes = memory[self.HEADER + Slabs.BYTES :]
+        self._ring = torch.frombuffer(self._bytes, dtype=torch.uint8)
         self._size, self._at = self._ring.numel(), 0
 
     @classmethod
     def bytes_for(cls, fifo_bytes: int) -> int:
         """Return the size of a segment whose ring can hold all that FIFOs of so many bytes in all can."""
-        return cls.HEADER + cls.LEAST + -(-4 * fifo_bytes // 4096) * 4096
+        return cls.HEADER + Slabs.BYTES + cls.LEAST + -(-4 * fifo_bytes // 4096) * 4096
 
     def _next(self, size: int) -> tuple[int, int]:
         """Return where the next `size` bytes begin: the position, and the offset in the ring."""
@@ -207,29 +219,50 @@ class RingChannel(_Paired):
         self._at = end
         return offset
 
-    def write(self, head: Head, shards: Shards, dtype: DataType, what: Callable[[], str]) -> None:
+    def write(self, head: Head, shards: torch.Tensor, dtype: DataType, what: Callable[[], str]) -> None:
         self.check()
         number, flags, text = head
+        slab = self._fill(shards, dtype)
         offset = self._room(HEAD_BYTES, what)
-        _HEAD.pack_into(self._bytes, offset, number, flags, len(text))
+        _HEAD.pack_into(self._bytes, offset, number, flags, len(text), 0 if slab is None else slab + 1)
         self._bytes[offset + _HEAD.size : offset + _HEAD.size + len(text)] = text
         self._set(_WRITTEN, self._at)
-        for shard in shards:
+        for shard in shards.unsqueeze(-1).flatten(1) if slab is None else ():
             for start, end, size in wire.pieces(shard.numel(), dtype):
                 offset = self._room(size, what)
                 wire.put(shard[start:end], self._ring, offset, dtype)
                 self._set(_WRITTEN, self._at)
         self._set(_SENT, number)
 
+    def _fill(self, shards: torch.Tensor, dtype: DataType) -> int | None:
+        """Copy the shards into a slab, as the receiver's tensor holds them, and return where it is; None without one."""
+        form = wire.form(dtype)
+        size = form.itemsize * shards.numel() if form.is_floating_point else 0
+        slab = self._slabs.take(size) if size >= UNIT else None
+        if slab is not None:
+            self._slabs.at(slab, shards.shape, form).copy_(shards)
+        return slab
+
     def read_head(self, number: int, what: Callable[[], str]) -> Head:
         offset = self._filled(HEAD_BYTES, number, what)
-        found, flags, length = _HEAD.unpack_from(self._bytes, offset)
+        found, flags, length, slab = _HEAD.unpack_from(self._bytes, offset)
         text = bytes(self._bytes[offset + _HEAD.size : offset + _HEAD.size + length])
-        self._number = number
+        self._number, self._slab = number, slab - 1 if slab else None
         self._set(_READ, self._at)
         return found, flags, text
 
-    def read(self, rooms: Shards, dtype: DataType, what: Callable[[], str]) -> None:
+    def keep(self, count: int, dtype: DataType) -> torch.Tensor | None:
+        if self._slab is None:
+            return None
+        form = wire.form(dtype)
+        return self._slabs.keep(self._slab, count * form.itemsize).view(form)
+
+    def read(self, rooms: Rooms, dtype: DataType, what: Callable[[], str]) -> None:
+        kept = self.keep(sum(room.numel() for room in rooms), dtype)
+        if kept is not None:
+            for room, values in zip(rooms, kept.chunk(len(rooms)), strict=True):
+                room.copy_(values)
+            return
         for shard in rooms:
             for start, end, size in wire.pieces(shard.numel(), dtype):
                 offset = self._filled(size, self._number, what)

@@ -102,7 +102,7 @@ class CoreRangeSet:
                 )
                 if not apart:
                     raise DeviceError(f"CoreRangeSet: {b} and {a} overlap; give ranges that do not")
-        self._ranges = ranges
+        self._ranges, self._hash = ranges, hash(ranges)
         self._cores = sum(r.grid_size().x * r.grid_size().y for r in ranges)
 
     def ranges(self) -> list[CoreRange]:
@@ -137,10 +137,10 @@ class CoreRangeSet:
         return _rectangles(_cores(self) - _cores(other))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, CoreRangeSet) and self._ranges == other._ranges
+        return self is other or (isinstance(other, CoreRangeSet) and self._ranges == other._ranges)
 
     def __hash__(self) -> int:
-        return hash(self._ranges)
+        return self._hash
 
     def __repr__(self) -> str:
         return "{" + ", ".join(map(repr, self._ranges)) + "}"

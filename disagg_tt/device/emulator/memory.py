@@ -62,7 +62,12 @@ class Memory:
         per_bank = self._sizes.get(spec)
         if per_bank is None:
             per_bank = self._sizes[spec] = self.per_bank(spec)
-        self.take(spec.memory_config.buffer_type, per_bank, spec)
+        kind = spec.memory_config.buffer_type
+        used = self.used[kind] + per_bank
+        if self.overlapping or used > self.peak[kind]:
+            self.take(kind, per_bank, spec)
+        else:
+            self.used[kind] = used
         return per_bank
 
     def take(self, kind: BufferType, per_bank: int, what: object) -> None:

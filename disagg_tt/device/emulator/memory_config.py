@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 from disagg_tt.device.emulator.cores import CoreCoord, CoreGrid, CoreRange, CoreRangeSet
@@ -127,6 +128,13 @@ def create_sharded_memory_config(
         raise DeviceError(
             f"{what}: with a CoreRangeSet give the shard's shape and use_height_and_width_as_shard_shape=True"
         )
+    return _in_shards(strategy, cores, Shape(shard), orientation)
+
+
+@lru_cache(maxsize=1024)
+def _in_shards(
+    strategy: ShardStrategy, cores: CoreRangeSet, shard: Shape, orientation: ShardOrientation
+) -> MemoryConfig:
     layout = TensorMemoryLayout[f"{strategy.name}_SHARDED"]
     return MemoryConfig(layout, BufferType.L1, ShardSpec(cores, shard, orientation))
 

@@ -12,7 +12,7 @@ import torch
 
 from disagg_tt.device.emulator import distributed, waits, wire
 from disagg_tt.device.emulator.board import Node
-from disagg_tt.device.emulator.channel import Head, Shards
+from disagg_tt.device.emulator.channel import Head, Rooms
 from disagg_tt.device.emulator.types import DataType
 from disagg_tt.errors import DeviceError
 
@@ -63,10 +63,14 @@ class MpiChannel:
 
     def run(self, number: int) -> None: ...
 
-    def write(self, head: Head, shards: Shards, dtype: DataType, what: Callable[[], str]) -> None:
+    def write(self, head: Head, shards: torch.Tensor, dtype: DataType, what: Callable[[], str]) -> None:
         self.check()
         number, flags, text = head
-        cuts = [(shard, *cut) for shard in shards for cut in wire.pieces(shard.numel(), dtype)]
+        cuts = [
+            (shard, *cut)
+            for shard in shards.unsqueeze(-1).flatten(1)
+            for cut in wire.pieces(shard.numel(), dtype)
+        ]
         payload = torch.empty(sum(size for *_, size in cuts), dtype=torch.uint8)
         at = 0
         for shard, start, end, size in cuts:
@@ -94,7 +98,10 @@ class MpiChannel:
             raise DeviceError(text.decode(errors="replace"))
         return found, flags, text
 
-    def read(self, rooms: Shards, dtype: DataType, what: Callable[[], str]) -> None:
+    def keep(self, count: int, dtype: DataType) -> torch.Tensor | None:
+        return None
+
+    def read(self, rooms: Rooms, dtype: DataType, what: Callable[[], str]) -> None:
         payload, at = self._drain(what), 0
         for shard in rooms:
             for start, end, size in wire.pieces(shard.numel(), dtype):

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from disagg_tt.device.emulator import waits
-from disagg_tt.device.emulator.board import BUSY
+from disagg_tt.device.emulator.board import BUSY, Node
 from disagg_tt.errors import DeviceError
 
 
@@ -78,6 +78,7 @@ class CommandQueue:
         self._running = ""
         self._targets: list[int] = []  # sequence numbers that threads wait for: nobody is woken for others
         self._changed = threading.Condition()
+        self._progress = waits.Progress()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._closing = False
@@ -90,7 +91,8 @@ class CommandQueue:
 
         `peer` is the socket that the work is a transfer of.
         """
-        self.check()
+        if self._error is not None:
+            raise self._error
         if self._captured is not None:
             if waits:
                 self.need_no_capture(name)
@@ -197,8 +199,9 @@ class CommandQueue:
 
     def reach(self, sequence: int) -> None:
         """Block the calling thread until work number `sequence` is done; raises its error, or on timeout."""
+        nodes: list[Node] = [(waits.board.me, "queues")]
         with (
-            waits.Wait(self._progress, lambda: [(waits.board.me, "queues")], self.timeout_s) as wait,
+            waits.Wait(self._where, lambda: nodes, self.timeout_s, progress=self._progress) as wait,
             self._changed,
         ):
             self._targets.append(sequence)
@@ -210,21 +213,23 @@ class CommandQueue:
                 self._targets.remove(sequence)
         self.check()
 
-    def _progress(self) -> str:
+    def _where(self) -> str:
         behind = self.enqueued - self.completed - 1
         return f"progress of {self.name} (at {self._running or 'its start'}, {behind} operations behind it)"
 
     def _work(self, threads: int) -> None:
-        waits.this_is_a_queue()
+        self._progress.here()
         torch.set_num_threads(threads)  # a thread's own setting in OpenMP
         with torch.no_grad():
             while True:
                 with self._changed:
+                    self._progress.wait()
                     while not self._pending and not self._closing:
                         self._changed.wait()
                     if self._closing or self._error is not None:
                         return
                     self._running, work, _ = self._pending.popleft()
+                    self._progress.step()
                 try:
                     work()
                 except BaseException as error:
@@ -254,6 +259,7 @@ class CommandQueue:
             peer.leave()
         with self._changed:
             self._closing = True
+            self._progress.step()
             self._changed.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=1.0)

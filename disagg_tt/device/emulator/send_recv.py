@@ -9,13 +9,14 @@ has been received. Sends that follow each other on a queue are packed ahead of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import lru_cache
+from dataclasses import dataclass
 
 import torch
 
 from disagg_tt.device.emulator import waits, wire
-from disagg_tt.device.emulator.channel import REPLICATED, UNDEFINED, LocalChannel
+from disagg_tt.device.emulator.channel import REPLICATED, UNDEFINED, Channel, LocalChannel
 from disagg_tt.device.emulator.launch import reads, writes
 from disagg_tt.device.emulator.queue import CommandQueue
 from disagg_tt.device.emulator.socket import MeshSocket
@@ -26,24 +27,43 @@ from disagg_tt.device.emulator.types import BufferType
 from disagg_tt.errors import DeviceError
 
 
-@lru_cache(maxsize=4096)
-def _describe(spec: Spec, direct: bool) -> str:
-    return f"{list(spec.shape)} {spec.dtype.value} {spec.layout.name} {'direct' if direct else 'through the FIFO'}"
+@dataclass(frozen=True)
+class _Plan:
+    """What all transfers of one kind of tensor over one end of a socket have in common.
+
+    Attributes:
+        mine: the description that both ends must agree on.
+        chips: of this end's mesh that take part, in the order of the connections.
+        in_order: they are all of the mesh's, in its own order.
+        held: bytes of FIFO that a transfer holds until it has been received.
+    """
+
+    mine: bytes
+    chips: list[int]
+    in_order: bool
+    held: int
 
 
-def _begin(what: str, tensor: Tensor, socket: MeshSocket, sends: bool, direct: bool) -> list[int]:
-    """Check a transfer; return the chips of this end's mesh that take part, in the order of the connections."""
+def _begin(what: str, tensor: Tensor, socket: MeshSocket, sends: bool, direct: bool) -> _Plan:
+    """Check a transfer and return its plan."""
     mesh = on_device(what, tensor)
-    memory = socket._config._memory
     if mesh is not socket._mesh:
         raise DeviceError(f"{what}: tensor on {mesh!r}, socket on {socket._mesh!r}")
     if socket._sends is not sends:
         raise DeviceError(
             f"{what} on the socket's {'sending' if socket._sends else 'receiving'} end; use the other end"
         )
-    if socket._chips is None:
-        socket._chips = chips(what, socket._config, mesh, sends)
-    page = -(-tensor.buffer_page_size() // 32) * 32
+    plan: _Plan | None = socket._plans.get((tensor.spec, direct))
+    if plan is None:
+        plan = socket._plans[tensor.spec, direct] = _planned(what, tensor.spec, socket, direct)
+    socket._channel.check()
+    return plan
+
+
+def _planned(what: str, spec: Spec, socket: MeshSocket, direct: bool) -> _Plan:
+    memory, mesh = socket._config._memory, socket._mesh
+    ours = chips(what, socket._config, mesh, socket._sends)
+    page = -(-spec.page // 32) * 32
     if direct and memory.socket_storage_type is not BufferType.L1:
         raise DeviceError(
             f"{what}: a FIFO in {memory.socket_storage_type.name}; direct transfers need one in L1"
@@ -53,8 +73,10 @@ def _begin(what: str, tensor: Tensor, socket: MeshSocket, sends: bool, direct: b
         raise DeviceError(
             f"{what}: FIFO of {memory.fifo_size} B for pages of {least} B; make it {least} B or more"
         )
-    socket._channel.check()
-    return socket._chips
+    mine = f"{list(spec.shape)} {spec.dtype.value} {spec.layout.name} {'direct' if direct else 'through the FIFO'}"
+    # A direct send holds the queue until it has been received, whatever the FIFO's size.
+    held = memory.fifo_size + 1 if direct else fifo_bytes(socket._config, spec, page)
+    return _Plan(mine.encode(), ours, ours == list(range(mesh.get_num_devices())), held)
 
 
 def _post(what: str, socket: MeshSocket, work: Callable[[int, CommandQueue], None]) -> None:
@@ -82,40 +104,40 @@ def _post(what: str, socket: MeshSocket, work: Callable[[int, CommandQueue], Non
 
 
 def _send(what: str, tensor: Tensor, socket: MeshSocket, direct: bool) -> list[Tensor]:
-    ours = _begin(what, tensor, socket, True, direct)
+    plan = _begin(what, tensor, socket, True, direct)
     spec, values = tensor.spec, tensor._values
-    mine = _describe(spec, direct)
-    fifo = socket._config._memory.fifo_size
-    # A direct send holds the queue until it has been received, whatever the FIFO's size.
-    held = fifo + 1 if direct else fifo_bytes(socket._config, spec, -(-tensor.buffer_page_size() // 32) * 32)
+    ours, fifo = plan.chips, socket._config._memory.fifo_size
     reads(what, socket._mesh.queue(), tensor)
 
     def work(number: int, queue: CommandQueue) -> None:
         def waited_for() -> str:
-            return f"{what} number {number} of {mine}: a matching receive on {socket._peer}"
+            return f"{what} number {number} of {plan.mine.decode()}: a matching receive on {socket._peer}"
 
-        flags, shards = _shards(values, spec, ours)
+        flags, shards = _shards(values, spec, plan)
         if isinstance(socket._channel, LocalChannel):
             values.private = False  # the receiver may hold the same memory now
-        socket._channel.write((number, flags, mine.encode()), shards, spec.dtype, waited_for)
+        socket._channel.write((number, flags, plan.mine), shards, spec.dtype, waited_for)
         socket.bytes_written += spec.bytes * len(ours)
-        socket._unsettled.append((number, held))
+        socket._unsettled.append((number, plan.held))
         _settle(socket, queue, fifo, number, waited_for)
 
     _post(what, socket, work)
     return []
 
 
-def _shards(values: Values, spec: Spec, ours: list[int]) -> tuple[int, list[torch.Tensor]]:
-    """Return the flags of a transfer and each chip's values as one axis."""
+def _shards(values: Values, spec: Spec, plan: _Plan) -> tuple[int, torch.Tensor]:
+    """Return the flags of a transfer and the values of the chips that take part: [shards, *shape]."""
     data = values.held
     if data is None:
-        return UNDEFINED, []
-    data = whole(data, spec)
+        return UNDEFINED, _NOTHING
+    if data.shape[1:] != spec.shape:
+        data = whole(data, spec)
     if data.shape[0] == 1:
-        return REPLICATED, [data[0].reshape(-1)]
-    shards = data.unbind()
-    return 0, [shards[chip].reshape(-1) for chip in ours]
+        return REPLICATED, data
+    return 0, data if plan.in_order else data[plan.chips]
+
+
+_NOTHING = torch.empty(0, 0)
 
 
 def _settle(socket: MeshSocket, queue: CommandQueue, fifo: int, number: int, what: Callable[[], str]) -> None:
@@ -126,38 +148,52 @@ def _settle(socket: MeshSocket, queue: CommandQueue, fifo: int, number: int, wha
         taken = channel.taken()
         while unsettled and unsettled[0][0] <= taken:
             unsettled.popleft()
-        return sum(size for _, size in unsettled) <= fifo or queue.next_is(socket)
+        return queue.next_is(socket) or sum(size for _, size in unsettled) <= fifo
 
     if not settled():
         channel.until(settled, unsettled[0][0], what)
 
 
 def _receive(what: str, tensor: Tensor, socket: MeshSocket, direct: bool) -> list[Tensor]:
-    ours = _begin(what, tensor, socket, False, direct)
+    plan = _begin(what, tensor, socket, False, direct)
     spec, values, channel = tensor.spec, tensor._values, socket._channel
-    mine = _describe(spec, direct)
+    ours = plan.chips
     count = socket._mesh.get_num_devices()
     reads(what, socket._mesh.queue(), tensor)
 
     def work(number: int, queue: CommandQueue) -> None:
         def waited_for() -> str:
-            return f"{what} number {number} into {mine}: a matching send on {socket._peer}"
+            return f"{what} number {number} into {plan.mine.decode()}: a matching send on {socket._peer}"
 
         found, flags, text = channel.read_head(number, waited_for)
-        theirs = text.decode()
-        if (found, theirs) != (number, mine):
+        if (found, text) != (number, plan.mine):
+            theirs, mine = text.decode(), plan.mine.decode()
             raise DeviceError(
                 f"socket transfer mismatch: {socket._peer} sends number {found}, {theirs}; this end receives number {number}, {mine}; "
                 "on hardware this hangs or corrupts memory. Post receives in the order of the sends, with the same shape, "
                 "dtype, layout and mode"
             )
-        channel.read(_rooms(values, spec, ours, count, flags), spec.dtype, waited_for)
-        _land(values, spec, ours, count, flags)
+        if not _kept(channel, values, spec, plan, count, flags):
+            channel.read(_rooms(values, spec, ours, count, flags), spec.dtype, waited_for)
+            _land(values, spec, ours, count, flags)
         channel.done(number)
 
     writes(what, socket._mesh.queue(), tensor)
     _post(what, socket, work)
     return [tensor]
+
+
+def _kept(channel: Channel, values: Values, spec: Spec, plan: _Plan, count: int, flags: int) -> bool:
+    """Let `values` be those received, where the channel has them in memory to keep, and return whether it has."""
+    if flags & UNDEFINED or not plan.in_order:
+        return False
+    shape = (1 if flags & REPLICATED else count, *spec.shape)
+    kept = channel.keep(math.prod(shape), spec.dtype)
+    if kept is None:
+        return False
+    values.hold(kept.view(shape))
+    values.private = True
+    return True
 
 
 def _rooms(values: Values, spec: Spec, ours: list[int], count: int, flags: int) -> list[torch.Tensor]:

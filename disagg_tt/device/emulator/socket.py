@@ -51,7 +51,7 @@ class MeshSocket:
         if not self._sends:
             self._take(memory.socket_storage_type, -(-memory.fifo_size // _ALIGNMENT) * _ALIGNMENT)
         self._channel, self._peer = end[1:] if end else _meet(config, ends, self._sends)  # type: ignore[arg-type]
-        self._chips: list[int] | None = None  # see socket_config.chips, found at the first transfer
+        self._plans: dict[Any, Any] = {}  # send_recv's, by spec and mode
 
     def _take(self, kind: BufferType, size: int) -> None:
         self._mesh.memory.take(kind, size, "a MeshSocket")

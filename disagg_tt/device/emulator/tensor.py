@@ -129,8 +129,8 @@ class Buffer:
     def __del__(self) -> None:
         if not self.freed:
             self._release()
-            error = self._still_read()
-            if error is not None:
+            error = self.readers and self._still_read()
+            if error:
                 self.mesh._queues[0].fail(error)  # queue(0) would refuse when the mesh is closed
 
     def free(self) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import threading
@@ -40,9 +41,31 @@ def operation_timeout_s() -> float:
     return float(os.environ.get("TT_METAL_OPERATION_TIMEOUT_SECONDS", "60"))
 
 
-def this_is_a_queue() -> None:
-    """Say that the calling thread is a command queue's own."""
-    _role.queue = True
+class Progress:
+    """How long a command queue's own thread has been at its work.
+
+    A wait in that work is not counted: it has a limit of its own, and what it raises then says more than whoever waits for
+    the queue could. So the host's limit never wins over the reason.
+    """
+
+    def __init__(self) -> None:
+        self._since = math.inf
+
+    def here(self) -> None:
+        """Say that the thread is the calling one."""
+        _role.progress = self
+
+    def step(self) -> None:
+        """Say that work begins, or goes on after a wait."""
+        self._since = time.monotonic()
+
+    def wait(self) -> None:
+        """Say that the thread waits, for work or in it."""
+        self._since = math.inf
+
+    def standstill_s(self) -> float:
+        """Return the seconds since the last step, less than 0 in a wait."""
+        return time.monotonic() - self._since
 
 
 def touch() -> None:
@@ -90,6 +113,7 @@ class Wait:
         every: all of the nodes are needed, not any of them.
         fix: what to do about a deadlock.
         gives_up: on hardware too this wait ends by itself after a while, so a deadlock ends it and not the others.
+        progress: of the queue that is waited for; then only time at one piece of its work, without its waits, counts.
     """
 
     def __init__(
@@ -100,9 +124,11 @@ class Wait:
         every: bool = False,
         fix: str = "",
         gives_up: bool = False,
+        progress: Progress | None = None,
     ):
         self._what, self._nodes, self._every, self._fix = what, nodes, every, fix
-        self._gives_up = gives_up
+        self._gives_up, self._progress = gives_up, progress
+        self._mine: Progress | None = getattr(_role, "progress", None)  # that of the queue which waits
         self.limit_s = operation_timeout_s() if limit_s is None else limit_s
         self._began = time.monotonic()
         self._sleep, self._next_check = SPIN_S, min(GRACE_S, self.limit_s)
@@ -112,12 +138,16 @@ class Wait:
         self._gone = ""
 
     def __enter__(self) -> Wait:
+        if self._mine is not None:
+            self._mine.wait()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._withdraw()
+        if self._mine is not None and error is None:  # else the queue is about to say so
+            self._mine.step()
 
     def what(self) -> str:
         return self._what if isinstance(self._what, str) else self._what()
@@ -144,7 +174,8 @@ class Wait:
             self._look_for_deadlock()
         else:
             self._withdraw()
-        if spent > self.limit_s:
+        still = spent if self._progress is None else min(spent, self._progress.standstill_s())
+        if still > self.limit_s:
             raise DeviceError(f"{self.what()} did not happen within {self.limit_s:g} s")
 
     def _look_for_ended(self, nodes: list[Node]) -> None:
@@ -157,7 +188,7 @@ class Wait:
         self._gone = f"{self.what()}: rank {rank} has ended ({how}); on hardware this hangs"
 
     def _publish(self, nodes: list[Node]) -> None:
-        queue = getattr(_role, "queue", False)
+        queue = self._mine is not None
         if not queue:
             touch()
         content = {

@@ -221,6 +221,11 @@ def _chunked_plan(
     return _output(op, q, memory_config)
 
 
+@lru_cache(maxsize=64)
+def _is_float32(value: float) -> bool:
+    return float(torch.tensor(value, dtype=torch.float32)) == value
+
+
 def chunked_scaled_dot_product_attention(
     input_tensor_q: Tensor,
     input_tensor_k: Tensor,
@@ -248,7 +253,11 @@ def chunked_scaled_dot_product_attention(
         sliding_window_size=sliding_window_size,
         attention_sink=attention_sink,
     )
-    need(not isinstance(scale, int), op, f"scale {scale}; it must be a float")
+    need(
+        scale is None or (isinstance(scale, float) and _is_float32(scale)),
+        op,
+        f"scale {scale!r}; it must be a float that float32 holds exactly",
+    )
     if (chunk_start_idx is None) == (chunk_start_idx_tensor is None):
         raise DeviceError(f"{op}: pass chunk_start_idx or chunk_start_idx_tensor, one of them")
     q, k, v, pages = input_tensor_q, input_tensor_k, input_tensor_v, page_table_tensor

@@ -9,7 +9,7 @@ import torch
 
 from disagg_tt.device.emulator.launch import launch
 from disagg_tt.device.emulator.numeric import round_on_device
-from disagg_tt.device.emulator.ops.lines import Lines
+from disagg_tt.device.emulator.ops.lines import lines_of
 from disagg_tt.device.emulator.ops.moves import L1_ALIGNMENT
 from disagg_tt.device.emulator.ops.plan import emulated, leave_out, need, placed
 from disagg_tt.device.emulator.spec import Spec, make_spec
@@ -121,7 +121,7 @@ def all_gather(
     """Return the shards of all chips of a line joined along `dim`, on every chip of it."""
     op = "all_gather"
     leave_out(op, output_tensor=output_tensor, subdevice_id=subdevice_id, sub_core_grids=sub_core_grids)
-    lines = Lines(op, on_device(op, input_tensor), cluster_axis)
+    lines = lines_of(op, on_device(op, input_tensor).shape, cluster_axis)
     source = input_tensor.spec
     axis = _axis(op, dim, source)
     spec = _gather_plan(source, axis, lines.length, memory_config)
@@ -174,7 +174,7 @@ def reduce_scatter(
         subdevice_id=subdevice_id,
         intermediate_memory_config=intermediate_memory_config,
     )
-    lines = Lines(op, on_device(op, input_tensor), cluster_axis)
+    lines = lines_of(op, on_device(op, input_tensor).shape, cluster_axis)
     source = input_tensor.spec
     axis = _axis(op, dim, source)
     spec = _scatter_plan(source, axis, lines.length, memory_config)
@@ -210,7 +210,7 @@ def all_reduce(
     """Return the sum of the values of the chips of a line, on every chip of it."""
     op = "all_reduce"
     leave_out(op, subdevice_id=subdevice_id)
-    lines = Lines(op, on_device(op, input_tensor), cluster_axis)
+    lines = lines_of(op, on_device(op, input_tensor).shape, cluster_axis)
     spec = _reduce_plan(input_tensor.spec, memory_config)
 
     def compute(a: torch.Tensor) -> torch.Tensor:
@@ -243,7 +243,7 @@ def all_broadcast(
     """Return one tensor for each chip of a line: the n-th holds the values of the n-th chip, on every chip of it."""
     op = "all_broadcast"
     leave_out(op, subdevice_id=subdevice_id)
-    lines = Lines(op, on_device(op, input_tensor), cluster_axis)
+    lines = lines_of(op, on_device(op, input_tensor).shape, cluster_axis)
     source = input_tensor.spec
     spec = _copy_plan(source, memory_config)
 
@@ -273,7 +273,7 @@ def broadcast(
     need(
         cluster_axis is not None or 1 in mesh.shape, op, f"cluster_axis is needed on {mesh!r}; allowed: 0, 1"
     )
-    lines = Lines(op, mesh, cluster_axis)
+    lines = lines_of(op, mesh.shape, cluster_axis)
     row, column = sender_coord
     need(row < lines.rows and column < lines.columns, op, f"sender {sender_coord!r} of a mesh {mesh!r}")
     emulated(

@@ -119,9 +119,8 @@ def clone(
     return launch("clone", spec, compute, input, as_held=source is spec.dtype)
 
 
-def copy(input_a: Tensor, input_b: Tensor) -> Tensor:
-    """Write the values of `input_a` into `input_b`, of the same shape and layout, in its dtype; return `input_b`."""
-    a, b = input_a.spec, input_b.spec
+@lru_cache(maxsize=4096)
+def _copy_check(a: Spec, b: Spec) -> None:
     need(
         (a.shape, a.layout) == (b.shape, b.layout),
         "copy",
@@ -132,9 +131,28 @@ def copy(input_a: Tensor, input_b: Tensor) -> Tensor:
         "copy",
         f"{a.dtype.value} into {b.dtype.value} in ROW_MAJOR layout; dtypes are converted in TILE layout only",
     )
+
+
+def copy(input_a: Tensor, input_b: Tensor) -> Tensor:
+    """Write the values of `input_a` into `input_b`, of the same shape and layout, in its dtype; return `input_b`."""
+    a, b = input_a.spec, input_b.spec
+    _copy_check(a, b)
     source, dtype = a.dtype, b.dtype
     launch_in_place("copy", input_b, lambda x: convert(x, source, dtype), input_a)
     return input_b
+
+
+@lru_cache(maxsize=4096)
+def _plus_one_check(a: Spec) -> None:
+    op, place = "plus_one", a.memory_config
+    need_dtype(op, "input", a, DataType.INT32, DataType.UINT32)
+    need(a.layout is Layout.ROW_MAJOR, op, f"input {a!r} must be ROW_MAJOR")
+    need(
+        not place.is_sharded() or place.buffer_type is BufferType.L1,
+        op,
+        f"input in {place!r}; shards must be in L1",
+    )
+    need(1 <= len(a.shape) <= 4, op, f"input {list(a.shape)} must have 1 to 4 axes")
 
 
 def plus_one(
@@ -143,15 +161,7 @@ def plus_one(
     """Add one to every entry in place, wrapping; or, skipping negative entries, to those from 0 to 2^31 - 2 only."""
     op, dtype = "plus_one", input_tensor.dtype
     leave_out(op, sub_core_grids=sub_core_grids)
-    need_dtype(op, "input", input_tensor.spec, DataType.INT32, DataType.UINT32)
-    need(input_tensor.layout is Layout.ROW_MAJOR, op, f"input {input_tensor.spec!r} must be ROW_MAJOR")
-    place = input_tensor.spec.memory_config
-    need(
-        not place.is_sharded() or place.buffer_type is BufferType.L1,
-        op,
-        f"input in {place!r}; shards must be in L1",
-    )
-    need(1 <= len(input_tensor.shape) <= 4, op, f"input {list(input_tensor.shape)} must have 1 to 4 axes")
+    _plus_one_check(input_tensor.spec)
 
     def compute(a: torch.Tensor) -> torch.Tensor:
         if skip_negative_entries:

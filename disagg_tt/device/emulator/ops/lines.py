@@ -7,10 +7,11 @@ the chips of each line along it take part together: along axis 1 those of a row,
 from __future__ import annotations
 
 from enum import Enum
+from functools import lru_cache
 
 import torch
 
-from disagg_tt.device.emulator.mesh import MeshDevice
+from disagg_tt.device.emulator.coordinates import MeshShape
 from disagg_tt.device.emulator.ops.plan import need
 
 
@@ -24,16 +25,16 @@ class Topology(Enum):
 
 
 class Lines:
-    """The lines of chips that take part together, and the values of a tensor arranged by them."""
+    """The lines of chips of a mesh that take part together, and the values of a tensor arranged by them."""
 
-    def __init__(self, op: str, mesh: MeshDevice, cluster_axis: int | None):
-        self.rows, self.columns = mesh.shape
+    def __init__(self, op: str, mesh: MeshShape, cluster_axis: int | None):
+        self.rows, self.columns = mesh
         self.axis = cluster_axis
         if cluster_axis is None:
             self.length = self.rows * self.columns
         else:
             need(cluster_axis in (0, 1), op, f"cluster_axis {cluster_axis}; allowed: 0, 1")
-            self.length = mesh.shape[cluster_axis]
+            self.length = mesh[cluster_axis]
         need(
             self.length > 1,
             op,
@@ -62,3 +63,6 @@ class Lines:
         if self.axis == 0:
             values = values.transpose(0, 1)
         return values.reshape(count, *values.shape[2:])
+
+
+lines_of = lru_cache(maxsize=1024, typed=True)(Lines)  # typed: 1.0 is no axis

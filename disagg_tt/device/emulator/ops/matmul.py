@@ -83,31 +83,44 @@ def _by_columns(values: Values) -> torch.Tensor:
     return weight
 
 
-def _multiply(a: Tensor, b: Tensor, spec: Spec) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+@lru_cache(maxsize=4096)
+def _native_from(a: Spec, b: Spec, spec: Spec) -> float:
+    """Return from how many rows on a product by the weight `b` is computed in bfloat16; infinity for never."""
+    exact = all(_exact_in_bfloat16(x) for x in (a, b))
+    if not exact or spec.dtype is not DataType.BFLOAT16 or not _multiplies_bfloat16():
+        return math.inf
+    return 0 if math.prod(b.shape) >= LARGE else MANY
+
+
+def _multiply(a: Spec, b: Tensor, spec: Spec) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Return the arithmetic of one product by a weight: exact products, float32 sums, one rounding to the dtype.
 
     Its inputs are as they are held: float32 or bfloat16.
     """
-    native = (
-        spec.dtype is DataType.BFLOAT16
-        and _exact_in_bfloat16(a.spec)
-        and _exact_in_bfloat16(b.spec)
-        and _multiplies_bfloat16()
-    )
-    large, values = math.prod(b.shape) >= LARGE, b._values
+    native, values = _native_from(a, b.spec, spec), b._values
 
-    def compute(x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    def compute(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        shape = x.shape
         rows = x.flatten(1, -2)
-        if native and (large or rows.shape[1] >= MANY):
+        if rows.shape[1] >= native:
             result = torch.matmul(rows.to(torch.bfloat16), _by_columns(values)).to(torch.float32)
         else:
-            w = values.data
-            assert w is not None
-            weight = w.reshape(w.shape[0], *w.shape[-2:])
-            result = round_on_device(torch.matmul(rows.to(torch.float32), weight), spec.dtype)
-        return result.view(result.shape[0], *x.shape[1:-1], result.shape[-1])
+            if w.dtype is not torch.float32:
+                w = values.data  # type: ignore[assignment]  # and keeps them so
+            if rows.dtype is not torch.float32:
+                rows = rows.to(torch.float32)
+            result = torch.matmul(rows, w.view(w.shape[0], *w.shape[-2:]))
+            result = round_on_device(result, spec.dtype)
+        return result.view(result.shape[0], *shape[1:-1], result.shape[2])
 
     return compute
+
+
+@lru_cache(maxsize=4096)
+def _by_weight(a: Spec, b: Spec, turns: tuple[bool, bool]) -> bool:
+    """Whether a @ b multiplies all rows of `a` by one matrix, as they are."""
+    matrices = len(a.shape) >= len(b.shape) > 1 and math.prod(b.shape[:-2]) == 1
+    return matrices and not any(turns)
 
 
 def _general(
@@ -149,15 +162,14 @@ def _run(
     core_grid: CoreGrid | None,
 ) -> Tensor:
     inputs = (a, b) if bias is None else (a, b, bias)
-    grid = on_device(op, *inputs).compute_with_storage_grid_size()
+    grid = on_device(op, *inputs).memory.grid
     need(core_grid is None or config is None, op, "core_grid and program_config; pass one of them")
-    function = _activation(op, activation)
+    function = None if activation is None else _activation(op, activation)
     added = None if bias is None else bias.spec
     options = (config, core_grid is not None, function is not None)
     spec = product_plan(op, a.spec, b.spec, added, turns, dtype, placed(memory_config), *options, grid)
-    weight = bias is None and function is None and not any(turns) and len(a.shape) > 1 and len(b.shape) > 1
-    if weight and len(a.shape) >= len(b.shape) and math.prod(b.shape[:-2]) == 1:
-        return launch(op, spec, _multiply(a, b, spec), a, b, as_held=True)
+    if bias is None and function is None and _by_weight(a.spec, b.spec, turns):
+        return launch(op, spec, _multiply(a.spec, b, spec), a, b, as_held=True)
     return launch(op, spec, _general(a.spec, b.spec, spec, turns, function), *inputs)
 
 
@@ -274,6 +286,6 @@ def minimal_matmul(
     spec = minimal_plan(a, b, bias, dtype, placed(memory_config, a.memory_config))
     function = _activation(op, fused_activation)
     if bias_tensor is None and function is None:
-        product = _multiply(input_tensor, weight_tensor, spec)
+        product = _multiply(a, weight_tensor, spec)
         return launch(op, spec, product, input_tensor, weight_tensor, as_held=True)
     return launch(op, spec, _general(a, b, spec, (False, False), function), *inputs)

@@ -69,6 +69,15 @@ def to_memory_config(
     return copied(op, tensor, _place_plan(op, tensor.spec, memory_config, dtype))
 
 
+@lru_cache(maxsize=4096)
+def _shard_plan(op: str, a: Spec, place: MemoryConfig, dtype: DataType | None) -> Spec:
+    need(place.is_sharded(), op, f"output {place!r} must be sharded")
+    need(not a.memory_config.is_sharded(), op, f"{a!r} is already sharded; use reshard")
+    spec = _place_plan(op, a, place, dtype)
+    need_aligned_rows(op, spec)
+    return spec
+
+
 def interleaved_to_sharded(
     input_tensor: Tensor,
     sharded_memory_config: MemoryConfig,
@@ -83,10 +92,7 @@ def interleaved_to_sharded(
         isinstance(sharded_memory_config, MemoryConfig), op, "take a grid and a shape; pass a memory config"
     )
     emulated(preallocated_output is None, op, "take preallocated_output; leave it out")
-    need(sharded_memory_config.is_sharded(), op, f"output {sharded_memory_config!r} must be sharded")
-    need(not a.memory_config.is_sharded(), op, f"{a!r} is already sharded; use reshard")
-    spec = _place_plan(op, a, sharded_memory_config, output_dtype)
-    need_aligned_rows(op, spec)
+    spec = _shard_plan(op, a, sharded_memory_config, output_dtype)
     on_device(op, input_tensor)
     return copied(op, input_tensor, spec)
 

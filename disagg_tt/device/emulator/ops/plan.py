@@ -31,17 +31,15 @@ def emulated(condition: bool, op: str, message: str) -> None:
 def need_tile(op: str, **specs: Spec) -> None:
     """Each named input must be in TILE layout."""
     for name, spec in specs.items():
-        need(
-            spec.layout is Layout.TILE,
-            op,
-            f"{name} {spec!r} must be in TILE layout; convert it with to_layout",
-        )
+        if spec.layout is not Layout.TILE:
+            raise DeviceError(f"{op}: {name} {spec!r} must be in TILE layout; convert it with to_layout")
 
 
 def need_dtype(op: str, name: str, spec: Spec, *allowed: DataType) -> None:
     """The named input's dtype must be one of `allowed`."""
-    names = ", ".join(d.value for d in allowed)
-    need(spec.dtype in allowed, op, f"{name} is {spec.dtype.value}; allowed: {names}; use typecast")
+    if spec.dtype not in allowed:
+        names = ", ".join(d.value for d in allowed)
+        raise DeviceError(f"{op}: {name} is {spec.dtype.value}; allowed: {names}; use typecast")
 
 
 def placed(memory_config: MemoryConfig | None, default: MemoryConfig | None = None) -> MemoryConfig:

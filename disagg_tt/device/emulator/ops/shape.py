@@ -254,16 +254,10 @@ def permute(
     return _permuted("permute", input_tensor, order, memory_config)
 
 
-def transpose(
-    input_tensor: Tensor,
-    dim1: int,
-    dim2: int,
-    pad_value: float = 0.0,
-    *,
-    memory_config: MemoryConfig | None = None,
-) -> Tensor:
-    """Return the tensor with two axes swapped. `pad_value` fills tile padding, which the emulator does not hold."""
-    rank, a = len(input_tensor.shape), input_tensor.spec
+@lru_cache(maxsize=4096, typed=True)  # typed: 1.0 is no axis
+def _swapped(a: Spec, dim1: int, dim2: int, pad_value: float, on_host: bool) -> tuple[int, int]:
+    """Return the two axes that transpose swaps, from 0; raises DeviceError for what it does not take."""
+    rank = len(a.shape)
     first, second = (axis_of("transpose", d, rank) for d in (dim1, dim2))
     need(
         rank > 1 or a.layout is Layout.ROW_MAJOR,
@@ -290,12 +284,26 @@ def transpose(
         "transpose",
         f"read shards of one axis ({a!r}); use to_memory_config",
     )
-    on_host = input_tensor.device() is None
     need(
         not on_host or rank <= 4,
         "transpose",
         f"{a!r} is on the host; move it with from_torch(..., device=mesh)",
     )
+    return first, second
+
+
+def transpose(
+    input_tensor: Tensor,
+    dim1: int,
+    dim2: int,
+    pad_value: float = 0.0,
+    *,
+    memory_config: MemoryConfig | None = None,
+) -> Tensor:
+    """Return the tensor with two axes swapped. `pad_value` fills tile padding, which the emulator does not hold."""
+    a = input_tensor.spec
+    first, second = _swapped(a, dim1, dim2, pad_value, input_tensor.device() is None)
+    rank = len(a.shape)
     if a.layout is Layout.ROW_MAJOR and a.memory_config.memory_layout in _SPLIT_ROWS and rank <= 4:
         input_tensor = to_memory_config(input_tensor, L1_MEMORY_CONFIG)
         a = input_tensor.spec

@@ -39,16 +39,21 @@ def job_size(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def job_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder for MPI's shared memory, so that it goes with the job even when ranks were killed."""
+    """A folder for MPI's shared memory and mpirun's own files, so that they go with the job even when it was killed."""
     place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     return tempfile.TemporaryDirectory(prefix="disagg-tt-", dir=place)
 
 
 def mpi_environment(folder: str) -> dict[str, str]:
-    """This process's environment for ranks that share memory in `folder`; its own MPI settings win over ours."""
+    """This process's environment for ranks that share memory in `folder`; its own MPI settings win over ours.
+
+    mpirun's files lie there too. By default they are in /tmp/ompi.PID, which a killed mpirun leaves behind: one of another
+    user, or of an earlier container, ends the next mpirun of that number with exit code 213 before it starts anything.
+    """
     defaults = {f"OMPI_MCA_{name}": value for name, value in MPI_SETTINGS.items()}
     inherited = {name: value for name, value in os.environ.items() if name not in _OF_THE_RANK_ALONE}
-    return defaults | _root_permission() | inherited | {"OMPI_MCA_btl_sm_backing_directory": folder}
+    places = {"OMPI_MCA_btl_sm_backing_directory": folder, "PRTE_MCA_prte_local_tmpdir_base": folder}
+    return defaults | _root_permission() | inherited | places
 
 
 def _root_permission() -> dict[str, str]:

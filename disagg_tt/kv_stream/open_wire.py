@@ -10,14 +10,14 @@ from typing import Any
 from disagg_tt.config import Options
 from disagg_tt.errors import InputError
 from disagg_tt.kv_stream.control import Control, expect, own_host
-from disagg_tt.kv_stream.wire import WireReceiver, WireSender
+from disagg_tt.kv_stream.host_wire import WireReceiver, WireSender
 
 Wire = WireSender | WireReceiver
 
 
 def open_receiver(o: Options, control: Control, peer: int) -> WireReceiver:
     """Return the decode end, and tell the prefill end where it is. Raises InputError where it cannot listen."""
-    if o.transport == "mpi":
+    if o.transport == "mpi" and o.kv_transfer is None:
         from disagg_tt.kv_stream.mpi import MpiReceiver
 
         return MpiReceiver(_communicator(), peer, deadline_s=o.deadline_s)
@@ -28,10 +28,7 @@ def open_receiver(o: Options, control: Control, peer: int) -> WireReceiver:
         port = _free_port(host)
         control.send("wire", host=host, port=port, token="")
         return TorchReceiver(host, port, deadline_s=o.deadline_s)
-    from disagg_tt.kv_stream.nixl import NixlReceiver
-    from disagg_tt.kv_stream.tcp import TcpReceiver
-
-    kind = TcpReceiver if o.transport == "tcp" else NixlReceiver
+    kind = _ends(o.transport)[1]
     ours, token = o.kv_transfer, ""
     if ours is not None:
         wire = kind(
@@ -47,7 +44,7 @@ def open_receiver(o: Options, control: Control, peer: int) -> WireReceiver:
 
 def open_sender(o: Options, control: Control, peer: int) -> WireSender:
     """Return the prefill end. Raises PeerError when the decode end does not listen."""
-    if o.transport == "mpi":
+    if o.transport == "mpi" and o.kv_transfer is None:
         from disagg_tt.kv_stream.mpi import MpiSender
 
         return MpiSender(_communicator(), peer, deadline_s=o.deadline_s)
@@ -62,13 +59,24 @@ def open_sender(o: Options, control: Control, peer: int) -> WireSender:
     settings["token"] = ours.kv_token if ours else told["token"]
     if ours is not None:
         settings["verify"] = ours.verify
-    if o.transport == "tcp":
-        from disagg_tt.kv_stream.tcp import TcpSender
+    if o.transport == "nixl":
+        settings["lease_s"] = o.deadline_s
+    return _ends(o.transport)[0](host, told["port"], **settings)
 
-        return TcpSender(host, told["port"], **settings)
-    from disagg_tt.kv_stream.nixl import NixlSender
 
-    return NixlSender(host, told["port"], lease_s=o.deadline_s, **settings)
+def _ends(transport: str) -> tuple[type[Any], type[Any]]:
+    """Return the sender and the receiver of a wire that listens at a host and a port, with a token."""
+    if transport == "nixl":
+        from disagg_tt.kv_stream.nixl import NixlReceiver, NixlSender
+
+        return NixlSender, NixlReceiver
+    if transport == "mpi":
+        from disagg_tt.kv_stream.mpi_programs import MpiProgramReceiver, MpiProgramSender
+
+        return MpiProgramSender, MpiProgramReceiver
+    from disagg_tt.kv_stream.tcp import TcpReceiver, TcpSender
+
+    return TcpSender, TcpReceiver
 
 
 def _communicator() -> Any:

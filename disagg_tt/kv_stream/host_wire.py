@@ -10,7 +10,9 @@ first stream begins; then for each stream:
 
 A layer is given as extents: uint8 tensors, contiguous in memory, whose bytes follow one another. The two ends may cut a
 layer differently: only the sum must be the same. `coalesce` joins extents that touch, so that a paged cache whose blocks
-lie in order costs as little as one piece. With `verify` each layer travels with its digest.
+lie in order costs as little as one piece. What a wire makes of a layer's extents is its Layout, kept and used again: the
+buffers of a cache or a ring come back, and to look at 64 extents anew costs as much as a third of moving them. With `verify`
+each layer travels with its digest.
 
 Every call ends at the wire's deadline. What goes wrong raises StreamError (one end broke the protocol, or the ends do not
 agree) or PeerError (the other is gone, hangs, or failed with a reason), tells the other end if it can still be told, and
@@ -29,12 +31,12 @@ import torch
 
 from disagg_tt.errors import DisaggError, PeerError, StreamError
 from disagg_tt.kv_stream.frame import SMALL_BYTES, Header, Kind, digest_of
-
-Extents = Sequence[torch.Tensor]
+from disagg_tt.kv_stream.layout import Extents, Layout, coalesce
 
 MAX_LAYERS = 4096
 MAX_LAYER_BYTES = 1 << 36  # 64 GiB: more than any mesh holds
 
+MOST_LAYOUTS = 1024  # kept at a time
 TELL_S = 0.5  # for telling why an end stops
 
 
@@ -70,30 +72,6 @@ class Plan:
         return self.layers * self.layer_bytes
 
 
-def coalesce(extents: Extents) -> list[torch.Tensor]:
-    """Return the same bytes in as few extents as possible: those that follow one another in memory are joined."""
-    joined: list[torch.Tensor] = []
-    run, end, whole = (
-        0,
-        0,
-        0,
-    )  # of the extents in hand: where they begin, where they end in memory, their storage
-    for number, extent in enumerate(extents):
-        at, storage = extent.data_ptr(), extent.untyped_storage().data_ptr()
-        if number and at == end and storage == whole:
-            end += extent.numel()
-            continue
-        if number:
-            joined.append(_piece(extents, run, number, end))
-        run, end, whole = number, at + extent.numel(), storage
-    return [*joined, _piece(extents, run, len(extents), end)] if extents else []
-
-
-def _piece(extents: Extents, first: int, after: int, end: int) -> torch.Tensor:
-    start = extents[first]
-    return start if after == first + 1 else start.as_strided((end - start.data_ptr(),), (1,))
-
-
 class Channel(ABC):
     """Carries frames to and from the other end, each within `deadline_s` seconds."""
 
@@ -123,6 +101,7 @@ class _End(ABC):
         self.failure: str | None = None
         self._verify, self._next = verify, 0
         self._channel: Any = None  # of the wire's own kind
+        self._layouts: dict[tuple[tuple[int, ...], ...], Layout] = {}  # by the extents' places and sizes
 
     def register(self, memory: Sequence[torch.Tensor]) -> None:  # noqa: B027 (most wires need nothing)
         """Make `memory`, where all extents lie, known to the wire, once and before the first stream."""
@@ -144,19 +123,32 @@ class _End(ABC):
                 f"{self.name}: the {self.peer} end announces {theirs}, this end expects {self.plan}"
             )
 
-    def _layer(self, layer: int, extents: Extents) -> list[torch.Tensor]:
-        """Check that `layer` is next and has the planned size; return its extents, coalesced."""
+    def _layer(self, layer: int, extents: Extents) -> Layout:
+        """Check that `layer` is next and has the planned size; return how its extents lie."""
         plan = self._planned()
         if layer != self._next or layer >= plan.layers:
             raise StreamError(f"{self.name}: layer {layer} of {plan.layers}; layer {self._next} is next")
-        size = sum(extent.numel() for extent in extents)
-        if size != plan.layer_bytes or any(e.dtype != torch.uint8 or not e.is_contiguous() for e in extents):
+        sizes, whole = tuple(map(torch.Tensor.numel, extents)), all(map(torch.Tensor.is_contiguous, extents))
+        if sum(sizes) != plan.layer_bytes or {e.dtype for e in extents} != {torch.uint8} or not whole:
             raise StreamError(
-                f"{self.name}: layer {layer} has {size:,} bytes of {', '.join(sorted({str(e.dtype) for e in extents}))}; "
+                f"{self.name}: layer {layer} has {sum(sizes):,} bytes of {', '.join(sorted({str(e.dtype) for e in extents}))}; "
                 f"the plan says {plan.layer_bytes:,} bytes, contiguous uint8"
             )
         self._next += 1
-        return coalesce(extents)
+        where = tuple(map(torch.Tensor.data_ptr, extents)), sizes
+        if where not in self._layouts:
+            if len(self._layouts) >= MOST_LAYOUTS:
+                self._forget_layouts()
+            pieces = coalesce(extents)  # which keep their memory, so that nothing else comes to lie there
+            self._layouts[where] = Layout(pieces, self._form(pieces))
+        return self._layouts[where]
+
+    def _form(self, pieces: list[torch.Tensor]) -> Any:
+        """Return what the wire's library takes instead of `pieces`."""
+        return pieces
+
+    def _forget_layouts(self) -> None:
+        self._layouts.clear()
 
     def _finish(self) -> Plan:
         plan = self._planned()
@@ -190,6 +182,7 @@ class _End(ABC):
     def close(self) -> None:
         """Release everything; may be called in any state, and twice."""
         self.failure = self.failure or "it is closed"
+        self._forget_layouts()
         if self._channel is not None:
             self._channel.close()
             self._channel = None
@@ -231,9 +224,9 @@ class WireSender(_End):
     def send(self, layer: int, extents: Extents) -> None:
         """Start sending a layer; its extents must stay unchanged until `sent` returns."""
         with self._step():
-            pieces, plan = self._layer(layer, extents), self._planned()
-            digest = digest_of(pieces) if self._verify else 0
-            self._send(Header(Kind.LAYER, plan.request, layer, plan.layer_bytes, digest), pieces)
+            layout, plan = self._layer(layer, extents), self._planned()
+            digest = digest_of(layout.pieces) if self._verify else 0
+            self._send(Header(Kind.LAYER, plan.request, layer, plan.layer_bytes, digest), layout)
 
     def sent(self, layer: int) -> None:
         """Wait until the extents of `layer`, and of all before it, may be reused."""
@@ -253,7 +246,7 @@ class WireSender(_End):
             self.plan = None
 
     @abstractmethod
-    def _send(self, header: Header, pieces: list[torch.Tensor]) -> None:
+    def _send(self, header: Header, layout: Layout) -> None:
         """Start sending a layer's header and bytes."""
 
     @abstractmethod
@@ -279,9 +272,9 @@ class WireReceiver(_End):
     def receive(self, layer: int, extents: Extents) -> None:
         """Wait for a layer and write it into `extents`; they hold nothing usable if this raises."""
         with self._step():
-            pieces, plan = self._layer(layer, extents), self._planned()
+            layout, plan = self._layer(layer, extents), self._planned()
             what = f"waiting for layer {layer} of request {plan.request}"
-            self._prepare(pieces)
+            self._prepare(layout)
             header, payload = self._get(self.layer_kind, what)
             size = plan.layer_bytes if header.kind is Kind.LAYER else header.length
             if (header.request, header.layer, header.length) != (plan.request, layer, size):
@@ -289,8 +282,8 @@ class WireReceiver(_End):
                     f"{self.name}: layer {header.layer} of request {header.request} with {header.length:,} bytes came; "
                     f"layer {layer} of request {plan.request} with {size:,} bytes is due"
                 )
-            self._receive(header, payload, pieces)
-            if self._verify and header.value and digest_of(pieces) != header.value:
+            self._receive(header, payload, layout)
+            if self._verify and header.value and digest_of(layout.pieces) != header.value:
                 raise StreamError(
                     f"{self.name}: layer {layer} of request {plan.request} arrived damaged: its digest differs"
                 )
@@ -301,10 +294,10 @@ class WireReceiver(_End):
             self._channel.put(Header(Kind.TAKEN, self._finish().request))
             self.plan = None
 
-    def _prepare(self, pieces: list[torch.Tensor]) -> None:
+    def _prepare(self, layout: Layout) -> None:
         """Get ready for a layer's bytes before its header is here, where that saves a wait."""
         return
 
     @abstractmethod
-    def _receive(self, header: Header, payload: bytes, pieces: list[torch.Tensor]) -> None:
-        """Write a layer's bytes, whose header has come, into `pieces`."""
+    def _receive(self, header: Header, payload: bytes, layout: Layout) -> None:
+        """Write a layer's bytes, whose header has come, to where `layout` says."""
