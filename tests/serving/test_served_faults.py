@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-from deployment import BOUND, MODEL, served, until
+from deployment import BOUND, MODEL, Server, command, served, until
 from runs import here
 
 pytestmark = pytest.mark.timeout(900)  # a job that starts again on a loaded machine
@@ -168,6 +168,13 @@ def test_too_many_at_once_are_told_when_to_come_again(server):
 
 
 # ---------------------------------------------------------------- the end
+
+
+def test_a_signal_while_the_ranks_start_ends_everything():
+    with command(Server, "serve", "--port", "0", "--threads", "1") as server:
+        server.rank_pid(DECODE)
+        assert server.stop() == 0
+    assert "Traceback" not in server.log.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
