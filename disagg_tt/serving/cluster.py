@@ -55,8 +55,9 @@ def run_serve(server: ServerOptions, rank_binding: str | None, rank_words: list[
 
 async def _proxy(server: ServerOptions) -> int:
     stop = _stop_event()
-    async with serving_over_hub(server):
+    async with serving_over_hub(server) as frontend:
         await stop.wait()
+        frontend.stop()
     return 0
 
 
@@ -69,6 +70,7 @@ async def _serve(server: ServerOptions, rank_words: list[str]) -> int:
         failed = job.done()
         stopped.cancel()
         frontend.stop()
+        frontend.hub.stop_workers()
         job.cancel()
         await asyncio.gather(job, stopped, return_exceptions=True)
     if failed and (error := job.exception()) is not None:

@@ -87,11 +87,10 @@ class Frontend:
         return _Flight(self, wanted)
 
     def stop(self) -> None:
-        """End every generation, and begin no other; then have the workers stop."""
+        """End every generation, and begin no other."""
         self._stopping = True
         for flight in self.flights.values():
             flight.inbox.put_nowait(self._ending())
-        self.hub.stop_workers()
 
     @staticmethod
     def _ending() -> OverloadError:

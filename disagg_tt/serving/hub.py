@@ -20,7 +20,7 @@ import zmq.asyncio
 from loguru import logger
 
 from disagg_tt.core import DECODE, PREFILL
-from disagg_tt.errors import InputError, PeerError, StreamError
+from disagg_tt.errors import DisaggError, InputError, PeerError, StreamError
 from disagg_tt.serving import protocol
 from disagg_tt.serving.connection import proof
 from disagg_tt.serving.protocol import (
@@ -142,7 +142,7 @@ class Hub:
                 continue
             try:
                 self._take(identity, protocol.to_hub(frames[0]))
-            except StreamError as error:
+            except DisaggError as error:
                 logger.warning("from {}: {}", self._by_identity.get(identity, "a stranger"), error)
 
     def _take(self, identity: bytes, message: Message) -> None:
@@ -252,7 +252,8 @@ class Hub:
             other.linked.discard(name)
             other.asked_at.pop(name, None)
         logger.warning("{} is lost: {}", name, reason)
-        self._send(worker.identity, Dropped(reason=reason, again=again and not worker.about.in_job))
+        if not self.told:
+            self._send(worker.identity, Dropped(reason=reason, again=again and not worker.about.in_job))
         self.on_lost(name, reason)
         if worker.about.in_job:
             self.job_lost.set()
@@ -269,8 +270,7 @@ class Hub:
             self.lose(name, "the server stops")
 
     async def close(self) -> None:
-        """Tell the workers to stop, and close."""
-        self.stop_workers()
+        """Close; workers that were not told to stop look for a hub at this address for a while."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
