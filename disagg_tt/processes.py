@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -55,6 +55,13 @@ def signals_raise() -> Iterator[None]:
         raise SystemExit(128 + number)
 
     with _handlers(leave, signal.SIGTERM, signal.SIGHUP):
+        yield
+
+
+@contextmanager
+def signals_call(stop: Callable[[], None]) -> Iterator[None]:
+    """Have SIGINT, SIGTERM and SIGHUP call `stop`, in the main thread between two steps of the program."""
+    with _handlers(lambda number, frame: stop(), signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         yield
 
 

@@ -13,8 +13,8 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from loguru import logger
@@ -35,6 +35,7 @@ from disagg_tt.transfer_config import TOKEN_VARIABLE
 
 MOST_FAILED_STARTS = 3  # in a row, without a rank that serves
 STOP_S = 15.0  # for the ranks to end when told to
+BROKEN_S = 5.0  # for a job that has lost a rank to end by itself, and say why
 
 
 def run_proxy(server: ServerOptions) -> int:
@@ -52,30 +53,11 @@ def run_serve(server: ServerOptions, rank_binding: str | None, rank_words: list[
     return asyncio.run(_serve(server, rank_words))
 
 
-def run_ranks(rank_binding: str | None, words: list[str]) -> int:
-    """Start the ranks of a binding with this command line, and return their exit code."""
-    from disagg_tt.device import choose
-    from disagg_tt.launch import run_job
-    from disagg_tt.rank_binding import RankBinding, default_binding
-
-    configure_logging("launcher")
-    binding = RankBinding.load(rank_binding or default_binding())
-    reasons: list[str] = []
-
-    def show(event: Mapping[str, object]) -> None:
-        if event["event"] == "failed":
-            reasons.append(str(event["reason"]))
-
-    code = run_job(words, binding, choose(os.environ)[0], {}, show)
-    for reason in reasons:
-        logger.error("{}", reason)
-    return code
-
-
 async def _proxy(server: ServerOptions) -> int:
     stop = _stop_event()
-    async with serving_over_hub(server):
+    async with serving_over_hub(server) as frontend:
         await stop.wait()
+        frontend.stop()
     return 0
 
 
@@ -87,6 +69,7 @@ async def _serve(server: ServerOptions, rank_words: list[str]) -> int:
         await asyncio.wait((job, stopped), return_when=asyncio.FIRST_COMPLETED)
         failed = job.done()
         stopped.cancel()
+        frontend.stop()
         frontend.hub.stop_workers()
         job.cancel()
         await asyncio.gather(job, stopped, return_exceptions=True)
@@ -137,17 +120,22 @@ async def _keep_running(frontend: Frontend, server: ServerOptions, rank_words: l
     command = [sys.executable, "-m", "disagg_tt", "worker", *rank_words, "--proxy", hub.address]
     while True:
         joined = frontend.joined
+        hub.job_lost.clear()
         process = await asyncio.create_subprocess_exec(
             *tied(command, signal.SIGTERM),
             stdin=asyncio.subprocess.DEVNULL,
             env={**os.environ, TOKEN_VARIABLE: server.token},
             start_new_session=True,
         )
+        ended, lost = asyncio.create_task(process.wait()), asyncio.create_task(hub.job_lost.wait())
         try:
-            code = await process.wait()
+            await asyncio.wait((ended, lost), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((ended,), timeout=BROKEN_S)  # a job whose rank hangs does not end
         finally:
-            if process.returncode is None:
-                await _end(process)
+            lost.cancel()
+            if not ended.done():
+                await _end(process, STOP_S if hub.told else 0.0)
+        code = await ended
         for name in list(hub.workers):
             hub.lose(name, f"the job of ranks ended with exit code {code}")
         failed_starts = 0 if joined.is_set() else failed_starts + 1
@@ -158,13 +146,14 @@ async def _keep_running(frontend: Frontend, server: ServerOptions, rank_words: l
         logger.warning("the ranks ended with exit code {}; they are started again", code)
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """Give the job time to end by itself, having been told to stop; then end it."""
-    for number in (None, signal.SIGTERM, signal.SIGKILL):
+async def _end(process: asyncio.subprocess.Process, patience_s: float) -> None:
+    """End the job, in order and then not; first let it end by itself for `patience_s`, where it was told to."""
+    for number, limit_s in ((None, patience_s), (signal.SIGTERM, STOP_S), (signal.SIGKILL, STOP_S)):
         if number is not None:
-            process.send_signal(number)
-        try:
-            await asyncio.wait_for(asyncio.shield(process.wait()), STOP_S)
+            with suppress(ProcessLookupError):  # it ended this moment
+                process.send_signal(number)
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(process.wait(), limit_s)
             return
-        except asyncio.TimeoutError:
-            logger.warning("the ranks still run {:g} s after they were told to stop", STOP_S)
+        if limit_s:
+            logger.warning("the ranks still run {:g} s after they were told to stop", limit_s)

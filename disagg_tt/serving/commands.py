@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,24 +89,46 @@ def _worker(words: list[str]) -> int:
     to.add_argument("--listen", default="127.0.0.1", help="where prefill workers reach this decode worker")
     a = to.parse_args(words)
     from disagg_tt.launch import in_job
-    from disagg_tt.serving.worker import WorkerOptions, hand_main, rank_main
 
     options = _options(a)
+    if a.role is None and not in_job():
+        return _run_ranks(a.rank_binding, ["worker", *words])
+    from disagg_tt.serving.worker import WorkerOptions, hand_main, rank_main
+
     token = os.environ.get(TOKEN_VARIABLE, "")
     w = WorkerOptions(
         options, a.proxy, token, a.max_num_seqs, a.num_blocks, a.prefix_caching, listen=a.listen
     )
     if a.role is None:
-        if in_job():
-            return rank_main(w)
-        from disagg_tt.serving.cluster import run_ranks
-
-        return run_ranks(a.rank_binding, ["worker", *words])
+        return rank_main(w)
     if options.transport not in CONNECTORS:
         raise InputError(
             f"--transport is {options.transport}; workers that are started by hand need one of {', '.join(CONNECTORS)}"
         )
     return hand_main(w, a.role, a.name or f"{a.role}-{secrets.token_hex(3)}")
+
+
+def _run_ranks(rank_binding: str | None, words: list[str]) -> int:
+    """Start the ranks of a binding with this command line, and return their exit code."""
+    from loguru import logger
+
+    from disagg_tt.device import choose
+    from disagg_tt.launch import run_job
+    from disagg_tt.rank_binding import RankBinding, default_binding
+    from disagg_tt.report import configure_logging
+
+    configure_logging("launcher")
+    binding = RankBinding.load(rank_binding or default_binding())
+    reasons: list[str] = []
+
+    def show(event: Mapping[str, object]) -> None:
+        if event["event"] == "failed":
+            reasons.append(str(event["reason"]))
+
+    code = run_job(words, binding, choose(os.environ)[0], {}, show)
+    for reason in reasons:
+        logger.error("{}", reason)
+    return code
 
 
 def _add_server_flags(to: argparse.ArgumentParser) -> None:

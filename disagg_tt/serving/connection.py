@@ -16,9 +16,11 @@ from disagg_tt.errors import PeerError, StreamError
 from disagg_tt.serving import protocol
 from disagg_tt.serving.protocol import (
     BEAT_S,
+    LOST_S,
     MAX_MESSAGE_BYTES,
     Beat,
     Challenge,
+    Dropped,
     Hello,
     Register,
     State,
@@ -26,6 +28,14 @@ from disagg_tt.serving.protocol import (
 )
 
 M = TypeVar("M", bound=protocol.Message)
+
+
+class HubLostError(PeerError):
+    """The hub is gone, or does not know this worker any more; `again`: it may be joined anew."""
+
+    def __init__(self, message: str, *, again: bool = True):
+        super().__init__(message)
+        self.again = again
 
 
 def proof(token: str, who: str, nonce: str) -> str:
@@ -43,10 +53,13 @@ class Connection:
         self.state = State()
         self.name = ""
         self._address, self._token, self._deadline_s = address, token, deadline_s
+        self._open()
+
+    def _open(self) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self.socket = self._dealer()
-        self.socket.connect(address)
         self._monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self.socket.connect(self._address)
         self._closed = threading.Event()
         self._beats: threading.Thread | None = None
 
@@ -55,12 +68,14 @@ class Connection:
         socket.setsockopt(zmq.LINGER, 1000)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, int(BEAT_S * 1000))
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(LOST_S * 1000))
         return socket
 
     def join(self, register: Callable[[str], Register]) -> None:
         """Register with the hub; `register` makes the message of the proof that it is given. Beats begin.
 
-        Raises PeerError when the hub does not answer in time, StreamError when it does not know the token.
+        Raises PeerError when the hub does not answer in time or refuses, StreamError when it does not know the token.
         """
         nonce = secrets.token_hex(32)
         self.send(Hello(nonce=nonce))
@@ -73,6 +88,12 @@ class Connection:
         self._beats = threading.Thread(target=self._beat, args=(session,), name="beats", daemon=True)
         self._beats.start()
 
+    def join_again(self, register: Callable[[str], Register]) -> None:
+        """Leave what is left of the connection, and `join` over a new one."""
+        self.close()
+        self._open()
+        self.join(register)
+
     def _expect(self, kind: type[M]) -> M:
         until = time.monotonic() + self._deadline_s
         while (left := until - time.monotonic()) > 0:
@@ -80,7 +101,7 @@ class Connection:
                 message = self.receive()
                 if isinstance(message, kind):
                     return message
-                raise StreamError(f"the hub at {self._address} answers {message!r}")
+                raise StreamError(f"the hub at {self._address} answers {message!r:.200}")
         raise PeerError(
             f"the hub at {self._address} did not answer within {self._deadline_s:g} s; is `disagg-tt proxy` or serve running "
             "there, and does it take this worker (its log says)?"
@@ -91,16 +112,21 @@ class Connection:
         try:
             self.socket.send(protocol.encode(message), zmq.NOBLOCK)
         except zmq.Again:
-            raise PeerError(f"the hub at {self._address} is gone") from None
+            raise HubLostError(f"the hub at {self._address} is gone") from None
 
     def receive(self) -> protocol.Message | None:
-        """Return the next message that is here; raises PeerError when the hub is gone."""
+        """Return the next message that is here; raises HubLostError when the hub is gone or has dropped this worker."""
         try:
-            return protocol.to_worker(self.socket.recv(zmq.NOBLOCK))
+            message = protocol.to_worker(self.socket.recv(zmq.NOBLOCK))
         except zmq.Again:
             if self._monitor.poll(0):
-                raise PeerError(f"the hub at {self._address} is gone: the connection is lost") from None
+                raise HubLostError(f"the hub at {self._address} is gone: the connection is lost") from None
             return None
+        if isinstance(message, Dropped):
+            raise HubLostError(
+                f"the hub at {self._address} does not take this worker: {message.reason}", again=message.again
+            )
+        return message
 
     @property
     def sockets(self) -> list[zmq.Socket[bytes]]:

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from loguru import logger
 
 from disagg_tt.blocks import BLOCK, BlockPool
 from disagg_tt.cache import PagedCache
@@ -121,8 +124,7 @@ class DecodeRank(Rank):
             if found is None:
                 return  # cancelled meanwhile
             if message.decode:
-                if found.state is State.RESERVED:  # else its prefill rank's announcement overtook this
-                    self.scheduler.receive(found)
+                self._receive(found)
             else:
                 self.scheduler.prefill(found)
                 self._journeys[found].started_at = time.monotonic()
@@ -130,6 +132,11 @@ class DecodeRank(Rank):
             self.hub.send(Opened(peer=message.peer, address=self.meet.open(message.peer)))
         else:
             raise StreamError(f"a decode rank got {message!r:.200}")
+
+    def _receive(self, sequence: Sequence) -> None:
+        """Its prompt comes over a link: the hub says so, or what it told the prefill rank overtakes it."""
+        if sequence.state is State.RESERVED:
+            self.scheduler.receive(sequence)
 
     def cancel(self, number: int) -> None:
         sequence = self.scheduler.get(str(number))
@@ -189,6 +196,10 @@ class DecodeRank(Rank):
                         f"{inlet.peer} sends a {message['kind']!r} of request {message['request']} unannounced"
                     )
                 inlet.pending.append(message)
+            elif message["kind"] == "bye":
+                logger.debug("{} ends", inlet.peer)
+                self._drop_inlet(inlet)
+                return
             elif message["kind"] != "busy":
                 raise StreamError(f"{inlet.peer} sends a {message['kind']!r} message, which it may not")
 
@@ -196,9 +207,9 @@ class DecodeRank(Rank):
         if inlet.sequence is not None:
             raise StreamError(f"{inlet.peer} announces request {number} while another is streaming")
         sequence = self.scheduler.get(str(number))
-        if sequence is not None and sequence.state is State.RESERVED:
-            self.scheduler.receive(sequence)  # the hub's word for it is still on its way here
-        if sequence is None or sequence.state is not State.RECEIVING:
+        if sequence is not None:
+            self._receive(sequence)
+        if sequence is None or sequence.state is not State.RECEIVING or self.stopping:
             inlet.link.control.send("refused", request=number, reason="it was cancelled, or never asked for")
             return
         left = sequence.prompt_tokens - sequence.computed
@@ -253,14 +264,40 @@ class DecodeRank(Rank):
         """End a link, and with it the requests that were coming over it; of ranks of one job, whose socket is broken, all."""
         if inlet.link.ranks:
             raise error
-        self._inlets.pop(inlet.peer, None)
-        inlet.link.close()
+        self._drop_inlet(inlet)
         sequence = inlet.sequence
         if sequence is not None:
             number, doomed = self._journeys[sequence].number, sequence in self._doomed
             self._free(sequence)
             if not doomed:
                 self.fail(number, error, again=True)
+
+    def _drop_inlet(self, inlet: _Inlet) -> None:
+        """Forget a link; those of a job's ranks are closed with the job."""
+        self._inlets.pop(inlet.peer, None)
+        if not inlet.link.ranks:
+            inlet.link.close()
+
+    def settle(self) -> None:
+        self._take_while(lambda inlet: inlet.sequence is not None)
+
+    def leave(self) -> None:
+        """Take the chunks that are coming in; prefill ranks of the same job end first, with nothing on its way to nobody."""
+        super().leave()
+        self._take_while(lambda inlet: inlet.link.ranks or inlet.sequence is not None)
+
+    def _take_while(self, coming: Callable[[_Inlet], bool]) -> None:
+        """Take what comes over the links until it is `coming` over none; raises PeerError when that takes too long."""
+        until = time.monotonic() + self.run.options.deadline_s
+        while any(map(coming, self._inlets.values())):
+            if time.monotonic() > until:
+                raise PeerError(
+                    f"{', '.join(self._inlets)} did not end in time (--deadline-s sets the limit)"
+                )
+            if not any(inlet.pending for inlet in self._inlets.values()):
+                self._wait_for(self.link_sockets())
+            self.take_links()
+            self._take_layers(self.run.config.num_hidden_layers)
 
     # ---------------------------------------------------------------- steps
 

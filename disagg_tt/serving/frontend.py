@@ -47,8 +47,8 @@ from disagg_tt.serving.ranks import Worker as RoutedWorker
 from disagg_tt.serving.router import Router
 from disagg_tt.tokens import Logprob
 
-QUEUE_S = 300.0  # that a request may wait for a slot
-RESTART_S = 60.0  # that it may wait for lost ranks to come again
+QUEUE_S = 300.0  # that a request may wait for a slot, and then for its prompt's turn
+RESTART_S = 300.0  # that it may wait for lost ranks to come again, weights and compilation included
 MOST_RESTARTS = 3
 SHOWN_TRANSFERS = 8
 
@@ -61,13 +61,14 @@ class Frontend:
     """The Backend of generation.py over the workers of a hub."""
 
     def __init__(self, hub: Hub, router: Router, *, deadline_s: float = 60.0):
-        """`deadline_s`: how long a generation may give no sign of life once it has a slot."""
+        """`deadline_s`: how long a generation may give no sign of life once it has its first token."""
         self.hub, self.router, self.deadline_s = hub, router, deadline_s
         self.flights: dict[int, _Flight] = {}
         self.numbers = itertools.count(1)
         self.joined = asyncio.Event()  # set anew whenever a worker joins
         self.transfers: deque[tuple[float, TransferState]] = deque(maxlen=SHOWN_TRANSFERS)
         self.roles_seen: set[str] = set()
+        self._stopping = False
         hub.on_message, hub.on_join, hub.on_lost = self._on_message, self._on_join, self._on_lost
 
     @property
@@ -80,8 +81,20 @@ class Frontend:
 
     def generate(self, wanted: Generation) -> _Flight:
         """Begin `wanted`; raises OverloadError when it cannot even wait."""
+        if self._stopping:
+            raise self._ending()
         self.router.admission()
         return _Flight(self, wanted)
+
+    def stop(self) -> None:
+        """End every generation, and begin no other."""
+        self._stopping = True
+        for flight in self.flights.values():
+            flight.inbox.put_nowait(self._ending())
+
+    @staticmethod
+    def _ending() -> OverloadError:
+        return OverloadError("the server stops", retry_after_s=10.0, unavailable=True)
 
     def _on_message(self, name: str, message: Message) -> None:
         if isinstance(message, Tokens):
@@ -165,7 +178,7 @@ class _Flight:
     def __init__(self, frontend: Frontend, wanted: Generation):
         self._frontend, self._wanted = frontend, wanted
         self.account = Account(prompt_tokens=len(wanted.tokens))
-        self.inbox: asyncio.Queue[Message | _Lost] = asyncio.Queue()
+        self.inbox: asyncio.Queue[Message | _Lost | OverloadError] = asyncio.Queue()
         self._number = -1
         self._out: list[int] = []
         self._began = time.monotonic()
@@ -177,7 +190,10 @@ class _Flight:
         return self._tokens
 
     async def aclose(self) -> None:
-        """Cancel it everywhere, unless it has ended."""
+        """Cancel it everywhere, unless it has ended; what is out is its answer then."""
+        if self._number in self._frontend.flights and self._answer_tokens and self._phase != "done":
+            self._send_cancel()
+            self._finish()
         await self._tokens.aclose()
         self._leave()
 
@@ -246,7 +262,8 @@ class _Flight:
         front, account = self._frontend, self.account
         self._reserved, self._reserved_at = reserved, time.monotonic()
         try:
-            route = front.router.choose_prefill(self._id, reserved.cached)
+            linked = front.hub.linked_to(self._decode)
+            route = front.router.choose_prefill(self._id, reserved.cached, linked)
         except PeerError as error:
             raise _Lost(str(error)) from None
         account.route, account.reason = route.kind, route.reason
@@ -272,7 +289,7 @@ class _Flight:
         early: deque[protocol.Token] = deque()  # that overtook the first one, which another rank sends
         finish: str | None = None
         while finish is None:
-            item = await self._event(None, self._frontend.deadline_s)
+            item = await self._event(None, QUEUE_S if first is None else self._frontend.deadline_s)
             if isinstance(item, First):
                 first = item
                 self._note_first(first)
@@ -367,7 +384,7 @@ class _Flight:
             raise PeerError(
                 f"request {self._number}: nothing came from {self._decode} {self._prefill_rank} within {limit_s:g} s"
             ) from None
-        if isinstance(event, _Lost):
+        if isinstance(event, (_Lost, OverloadError)):
             raise event
         if isinstance(event, Failed):
             if event.again:
@@ -391,10 +408,13 @@ class _Flight:
         if self._frontend.flights.pop(self._number, None) is None:
             return
         if self._phase != "done":
-            for name in {self._decode, self._prefill_rank} - {""}:
-                if name in self._frontend.hub.workers:
-                    self._frontend.hub.send(name, Cancel(number=self._number))
+            self._send_cancel()
         self._frontend.router.ended(self._id)
+
+    def _send_cancel(self) -> None:
+        for name in {self._decode, self._prefill_rank} - {""}:
+            if name in self._frontend.hub.workers:
+                self._frontend.hub.send(name, Cancel(number=self._number))
 
     def shown(self, now: float) -> RequestState:
         """Return it as the page shows it."""

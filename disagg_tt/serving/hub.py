@@ -20,7 +20,7 @@ import zmq.asyncio
 from loguru import logger
 
 from disagg_tt.core import DECODE, PREFILL
-from disagg_tt.errors import InputError, PeerError, StreamError
+from disagg_tt.errors import DisaggError, InputError, PeerError, StreamError
 from disagg_tt.serving import protocol
 from disagg_tt.serving.connection import proof
 from disagg_tt.serving.protocol import (
@@ -30,8 +30,10 @@ from disagg_tt.serving.protocol import (
     Beat,
     Challenge,
     Connect,
+    Dropped,
     Hello,
     Leave,
+    Linked,
     Message,
     Open,
     Opened,
@@ -42,18 +44,24 @@ from disagg_tt.serving.protocol import (
 from disagg_tt.transfer_config import is_loopback
 
 MAX_STRANGERS = 256  # connections that have said hello and not registered
+LINK_S = 15.0  # that making a link may take; then it is tried again
 
 
 @dataclass
 class Worker:
-    """A registered worker. `linked`: decode workers that a prefill worker has a link to; None: all, being ranks of a job."""
+    """A registered worker.
+
+    Of a prefill worker, `linked`: the decode workers that it has a link to (a rank of a job: all of the job), and
+    `asked_at`: when they were told to make one.
+    """
 
     identity: bytes
     about: Register
     session: str
     beat_at: float
     state: protocol.State = field(default_factory=protocol.State)
-    linked: set[str] | None = None
+    linked: set[str] = field(default_factory=set)
+    asked_at: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -61,7 +69,10 @@ class Worker:
 
 
 class Hub:
-    """Listens for workers. `on_message(name, message)`, `on_join(worker)` and `on_lost(name, reason)` are the frontend's."""
+    """Listens for workers. `on_message(name, message)`, `on_join(worker)` and `on_lost(name, reason)` are the frontend's.
+
+    job_lost: set when a rank of a job is lost, and with it its job. told: whether workers were told to stop.
+    """
 
     def __init__(self, address: str = "tcp://127.0.0.1:*", token: str = ""):
         """Listen at `address`, zmq's form; raises InputError where that cannot be, or would be open to all."""
@@ -75,6 +86,8 @@ class Hub:
         self.on_message: Callable[[str, Message], None] = lambda name, message: None
         self.on_join: Callable[[Worker], None] = lambda worker: None
         self.on_lost: Callable[[str, str], None] = lambda name, reason: None
+        self.job_lost = asyncio.Event()
+        self.stopping = self.told = False
         self._token = token
         self._by_identity: dict[bytes, str] = {}
         self._nonces: dict[bytes, str] = {}
@@ -100,6 +113,14 @@ class Hub:
         """Return the workers of a role that are there."""
         return [worker for worker in self.workers.values() if worker.about.role == role]
 
+    def linked_to(self, decode: str) -> list[str]:
+        """Return the prefill workers that have a link to a decode worker."""
+        worker = self.workers.get(decode)
+        if worker is None:
+            return []
+        in_job = worker.about.in_job
+        return [p.name for p in self.of_role(PREFILL) if (in_job and p.about.in_job) or decode in p.linked]
+
     def send(self, name: str, message: Message) -> None:
         """Send `message` to a worker; raises PeerError when it is not there."""
         worker = self.workers.get(name)
@@ -110,9 +131,8 @@ class Hub:
     def _send(self, identity: bytes, message: Message) -> None:
         frames = [identity, protocol.encode(message)]
         sent: asyncio.Future[Any] = self._socket.send_multipart(frames, zmq.NOBLOCK)  # type: ignore[assignment]
-        if (
-            sent.done() and sent.exception()
-        ):  # a worker that far behind hangs, or is gone: its beats will tell
+        # a worker that far behind hangs, or is gone: its beats will tell
+        if sent.done() and sent.exception():
             logger.debug("{} took no message: {}", self._by_identity.get(identity), sent.exception())
 
     async def _receive(self) -> None:
@@ -122,7 +142,7 @@ class Hub:
                 continue
             try:
                 self._take(identity, protocol.to_hub(frames[0]))
-            except StreamError as error:
+            except DisaggError as error:
                 logger.warning("from {}: {}", self._by_identity.get(identity, "a stranger"), error)
 
     def _take(self, identity: bytes, message: Message) -> None:
@@ -135,11 +155,14 @@ class Hub:
             if worker is not None and hmac.compare_digest(worker.session, message.session):
                 worker.beat_at, worker.state = time.monotonic(), message.state
         elif (name := self._by_identity.get(identity)) is None:
-            logger.warning("a {} message of a worker that is not registered", message.kind)  # type: ignore[attr-defined]
+            logger.debug("a {} message of a worker that is not registered", message.kind)  # type: ignore[attr-defined]
         elif isinstance(message, Leave):
             self.lose(name, "it left")
         elif isinstance(message, Opened):
             self._connect(name, message)
+        elif isinstance(message, Linked):
+            if message.peer in self.workers:
+                self.workers[name].linked.add(message.peer)
         else:
             self.on_message(name, message)
 
@@ -150,79 +173,104 @@ class Hub:
         self._send(identity, Challenge(nonce=nonce, proof=proof(self._token, "hub", hello.nonce)))
 
     def _register(self, identity: bytes, about: Register) -> None:
+        if refusal := self._refusal(identity, about):
+            self._send(identity, Dropped(reason=refusal))
+            raise StreamError(refusal)
+        if about.name in self.workers:
+            self.lose(about.name, "another worker of its name registered", again=False)
+        if name := self._by_identity.get(identity):
+            self.lose(name, "it registered under another name", again=False)
+        worker = Worker(identity, about, secrets.token_hex(16), time.monotonic())
+        self.workers[about.name], self._by_identity[identity] = worker, about.name
+        self._send(identity, Welcome(session=worker.session))
+        logger.info("{} joined: {} slots, {} blocks", about.name, about.slots, about.blocks)
+        self.on_join(worker)
+        self._link_all()
+
+    def _refusal(self, identity: bytes, about: Register) -> str:
+        """Return why a worker cannot be taken, "" if it can."""
         nonce = self._nonces.pop(identity, None)
         if nonce is None or not hmac.compare_digest(about.proof, proof(self._token, "worker", nonce)):
-            raise StreamError(f"{about.name} does not know the token")
+            return f"{about.name} does not know the token; give both the same one"
+        if self.stopping:
+            return "the server stops"
         if other := next((w for w in self.workers.values() if w.name != about.name), None):
             for what in ("digest", "settings", "max_seq_len"):
                 ours, theirs = getattr(other.about, what), getattr(about, what)
                 if ours != theirs:
-                    raise StreamError(
+                    return (
                         f"{about.name} has {what} {theirs!s:.200}, {other.name} has {ours!s:.200}; start all workers with the "
                         "same model and settings"
                     )
-        if about.name in self.workers:
-            self.lose(about.name, "another worker of its name registered")
-        worker = Worker(identity, about, secrets.token_hex(16), time.monotonic())
-        worker.linked = None if about.in_job else set()
-        self.workers[about.name], self._by_identity[identity] = worker, about.name
-        self._send(identity, Welcome(session=worker.session))
-        logger.info("{} joined: {} slots, {} blocks", about.name, about.slots, about.blocks)
-        if not about.in_job:
-            self._introduce(worker)
-        self.on_join(worker)
+        return ""
 
-    def _introduce(self, worker: Worker) -> None:
-        """Have a worker that was started by hand linked with every other of the other role."""
-        if worker.about.role == PREFILL:
+    def _link_all(self) -> None:
+        """Have every prefill worker that was started by hand linked with every such decode worker."""
+        now = time.monotonic()
+        for prefill in self.of_role(PREFILL):
             for decode in self.of_role(DECODE):
-                self.send(decode.name, Open(peer=worker.name))
-        else:
-            for prefill in self.of_role(PREFILL):
-                self.send(worker.name, Open(peer=prefill.name))
+                by_hand = not (prefill.about.in_job or decode.about.in_job)
+                lately = now - prefill.asked_at.get(decode.name, -LINK_S) < LINK_S
+                if by_hand and decode.name not in prefill.linked and not lately:
+                    prefill.asked_at[decode.name] = now
+                    self._send(decode.identity, Open(peer=prefill.name))
 
     def _connect(self, decode: str, opened: Opened) -> None:
-        prefill = self.workers.get(opened.peer)
-        if prefill is not None and prefill.linked is not None:
+        if opened.peer in self.workers:
             self.send(opened.peer, Connect(peer=decode, address=opened.address))
-            prefill.linked.add(decode)
 
     def relink(self, prefill: str, decode: str) -> None:
         """Have a link that was lost made anew."""
         worker = self.workers.get(prefill)
-        if worker is not None and worker.linked is not None and decode in self.workers:
+        if worker is not None and decode in worker.linked:
             worker.linked.discard(decode)
-            self.send(decode, Open(peer=prefill))
+            worker.asked_at.pop(decode, None)
+            self._link_all()
 
     async def _watch(self) -> None:
         while True:
+            before = time.monotonic()
             await asyncio.sleep(BEAT_S)
             now = time.monotonic()
+            if now - before > 2 * BEAT_S:
+                continue  # this process was held up, and beats wait to be taken
             for worker in list(self.workers.values()):
                 if now - worker.beat_at > LOST_S:
                     self.lose(worker.name, f"no beat for {LOST_S:g} s")
+            self._link_all()
 
-    def lose(self, name: str, reason: str) -> None:
-        """Take a worker off the list, whatever it was doing."""
+    def lose(self, name: str, reason: str, *, again: bool = True) -> None:
+        """Take a worker off the list, whatever it was doing, and tell it so; a rank of a job with all others of the job.
+
+        `again`: one that was started by hand may come again.
+        """
         worker = self.workers.pop(name, None)
         if worker is None:
             return
         self._by_identity.pop(worker.identity, None)
         for other in self.workers.values():
-            if other.linked is not None:
-                other.linked.discard(name)
+            other.linked.discard(name)
+            other.asked_at.pop(name, None)
         logger.warning("{} is lost: {}", name, reason)
+        if not self.told:
+            self._send(worker.identity, Dropped(reason=reason, again=again and not worker.about.in_job))
         self.on_lost(name, reason)
+        if worker.about.in_job:
+            self.job_lost.set()
+            for other in list(self.workers.values()):
+                if other.about.in_job:
+                    self.lose(other.name, f"{name} of its job is lost")
 
     def stop_workers(self) -> None:
-        """Tell all workers to stop. They are lost from here on."""
+        """Tell all workers to stop, and take no more. They are lost from here on."""
+        self.stopping, self.told = True, bool(self.workers)
         for name in list(self.workers):
             self.send(name, Stop())
+        for name in list(self.workers):
             self.lose(name, "the server stops")
 
     async def close(self) -> None:
-        """Tell the workers to stop, and close."""
-        self.stop_workers()
+        """Close; workers that were not told to stop look for a hub at this address for a while."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -26,7 +26,7 @@ from disagg_tt.model.llama import Llama
 from disagg_tt.prefill import first_token
 from disagg_tt.run import Run
 from disagg_tt.serving.connection import Connection
-from disagg_tt.serving.protocol import Connect, First, Message, Prefill
+from disagg_tt.serving.protocol import Connect, First, Linked, Message, Prefill
 from disagg_tt.serving.rank import CHUNK, Rank, as_message, sequence_of
 from disagg_tt.serving.scheduler import Chunk, Scheduler, Sequence
 
@@ -71,6 +71,8 @@ class PrefillRank(Rank):
             self._drop_link(message.peer, PeerError("it is made anew"))
             try:
                 self.add_link(message.peer, self.meet.connect(message.peer, message.address))
+                self.hub.send(Linked(peer=message.peer))
+                logger.info("linked with {}", message.peer)
             except DisaggError as error:
                 logger.warning("no link to {}: {}", message.peer, error)
             return
@@ -98,6 +100,7 @@ class PrefillRank(Rank):
         except RefusedError as error:
             logger.debug("request {} is not wanted any more: {}", job.number, error)
             self.cancel(job.number)
+            self.fail(job.number, error, again=True)
         except (PeerError, StreamError) as error:
             self._drop_link(job.to, error)
 
@@ -168,6 +171,15 @@ class PrefillRank(Rank):
             if job.to == peer:
                 self.cancel(job.number)
                 self.fail(job.number, error, again=True)
+
+    def leave(self) -> None:
+        """Tell the decode ranks that nothing comes any more: no chunk is in hand between two steps."""
+        super().leave()
+        for peer, (link, _) in self._links.items():
+            try:
+                link.control.send("bye")
+            except PeerError as error:
+                logger.debug("{} is not told: {}", peer, error)
 
     def doing(self) -> str:
         return "prefill" if self._jobs else "idle"

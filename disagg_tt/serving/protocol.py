@@ -2,6 +2,7 @@
 
     worker -> hub  hello                          hub -> worker  challenge      both know the token, see hub.py
                    register                                      welcome        then, in any order:
+                                                                 dropped        it is not, or no more, on the list
                    beat                 (each second, so that a rank that hangs is noticed)
 
     decode         reserve     <-  hub            a slot and blocks for a prompt; the answer says what is cached
@@ -17,6 +18,7 @@
     links          open        <-  hub            (workers started by hand) a prefill worker is coming
                    opened      ->                 where it finds us
                    connect     <-  hub
+                   linked      ->
 
 Requests have numbers here, unique for the life of the hub.
 """
@@ -34,7 +36,7 @@ T = TypeVar("T")
 
 MAX_MESSAGE_BYTES = 8 << 20
 BEAT_S = 1.0
-LOST_S = 5.0  # without a beat
+LOST_S = 8.0  # without a beat
 
 Number = Annotated[int, Field(ge=0, lt=2**32)]
 Count = Annotated[int, Field(ge=0, lt=2**40)]
@@ -45,7 +47,7 @@ assert (PREFILL, DECODE) == ("prefill", "decode")
 
 
 class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, ser_json_inf_nan="constants")
 
 
 class Hello(Message):
@@ -83,6 +85,14 @@ class Register(Message):
 class Welcome(Message):
     kind: Literal["welcome"] = "welcome"
     session: Name
+
+
+class Dropped(Message):
+    """The hub does not have, or no longer has, this worker. `again`: it may register anew."""
+
+    kind: Literal["dropped"] = "dropped"
+    reason: str = Field(max_length=4000)
+    again: bool = False
 
 
 class State(Message):
@@ -225,16 +235,23 @@ class Connect(Message):
     address: Name
 
 
+class Linked(Message):
+    """A prefill worker has a link to this decode worker."""
+
+    kind: Literal["linked"] = "linked"
+    peer: Name
+
+
 class Stop(Message):
     kind: Literal["stop"] = "stop"
 
 
 ToHub = Annotated[
-    Hello | Register | Beat | Reserved | First | Landed | Tokens | Failed | Opened | Leave,
+    Hello | Register | Beat | Reserved | First | Landed | Tokens | Failed | Opened | Linked | Leave,
     Field(discriminator="kind"),
 ]
 ToWorker = Annotated[
-    Challenge | Welcome | Reserve | Prefill | Cancel | Open | Connect | Stop,
+    Challenge | Welcome | Dropped | Reserve | Prefill | Cancel | Open | Connect | Stop,
     Field(discriminator="kind"),
 ]
 _TO_HUB: TypeAdapter[ToHub] = TypeAdapter(ToHub)

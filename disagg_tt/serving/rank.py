@@ -1,6 +1,7 @@
 """What prefill and decode ranks have in common: a model, a paged cache with its blocks, and a loop over messages.
 
-The loop never waits while there is work. It ends when the hub says stop, or is gone.
+The loop never waits while there is work. It ends when the hub says stop; a hub that is gone, or has dropped this rank, is
+joined again, with nothing in hand.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from disagg_tt.model.llama import Llama
 from disagg_tt.prefill import first_token
 from disagg_tt.run import Run
 from disagg_tt.serving import protocol
-from disagg_tt.serving.connection import Connection
+from disagg_tt.serving.connection import Connection, HubLostError
 from disagg_tt.serving.meeting import Meeting
-from disagg_tt.serving.protocol import Cancel, Failed, Message, Register, Stop, TokenLogprob, Wanted
+from disagg_tt.serving.protocol import Cancel, Failed, Leave, Message, Register, Stop, TokenLogprob, Wanted
 from disagg_tt.serving.scheduler import Scheduler, Sequence
 from disagg_tt.tokens import Logprob, Sampling
 
@@ -41,6 +42,8 @@ class Rank(ABC):
         self.hub, self.scheduler, self.pool = hub, scheduler, scheduler.pool
         self.meet: Meeting | None = None  # where workers that were started by hand find each other
         self.stopping = False
+        self._joining = True
+        self._register: Callable[[str], Register]
         self._prefill_ms: list[tuple[int, float]] = []
         self._step_ms = 0.0
 
@@ -72,25 +75,66 @@ class Rank(ABC):
                 step_ms=self._step_ms,
             )
 
+        self._register = message
         self.hub.join(message)
 
     def serve(self) -> None:
-        """Work until the hub says stop, or this process is told to end; raises what ends this rank otherwise."""
+        """Work until the hub says stop, or `stop` is called; raises what ends this rank otherwise."""
+        self._joining = False
         while not self.stopping:
-            self._take_messages()
-            self.step()
-            self.hub.state = self._state()
+            try:
+                self._take_messages()
+                if not self.stopping:
+                    self.step()
+                self.hub.state = self._state()
+            except HubLostError as error:
+                self._join_again(error)
+        self.leave()
+
+    def stop(self) -> None:
+        """End as soon as what is in hand allows; for a signal's handler, so it raises SystemExit where nothing is in hand."""
+        if self._joining:
+            raise SystemExit(0)
+        self.stopping = True
+
+    def _join_again(self, error: HubLostError) -> None:
+        """Join the hub anew; raises PeerError when it does not come back in time, or wants this rank no more."""
+        if not error.again:
+            raise error
+        for sequence in self.scheduler.all():
+            self.cancel(int(sequence.id))
+        self.settle()
+        logger.warning("{}; joining again", error)
+        self._joining = True
+        self.hub.join_again(self._register)
+        self._joining = False
+        logger.info("joined again")
+
+    def settle(self) -> None:  # noqa: B027 - a prefill rank's chunks are whole between two steps
+        """Let what is coming in end."""
+
+    def leave(self) -> None:
+        """Say that this rank ends; subclasses let the other ends of the links end well too."""
+        try:
+            self.hub.send(Leave())
+        except HubLostError as error:
+            logger.debug("nobody to tell: {}", error)
+
+    def _wait_for(self, sockets: list[Any]) -> None:
+        """Wait until one of the sockets has something, or a moment."""
+        poller = zmq.Poller()
+        for socket in sockets:
+            poller.register(socket, zmq.POLLIN)
+        poller.poll(IDLE_MS)
 
     def _take_messages(self) -> None:
         if not self.busy:
-            poller = zmq.Poller()
-            for socket in [*self.hub.sockets, *self.link_sockets()]:
-                poller.register(socket, zmq.POLLIN)
-            poller.poll(IDLE_MS)
+            self._wait_for([*self.hub.sockets, *self.link_sockets()])
         while (message := self.hub.receive()) is not None:
             if isinstance(message, Stop):
                 self.stopping = True
-            elif isinstance(message, Cancel):
+                return
+            if isinstance(message, Cancel):
                 self.cancel(message.number)
             else:
                 self.handle(message)

@@ -15,7 +15,7 @@ are ms, except `now`, s. Pure: no I/O, no clock, one thread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from disagg_tt.blocks import BLOCK, chain, extend
@@ -167,10 +167,10 @@ class Router:
             return best.name, "only decode rank"
         return best.name, "cached here" if cached[best] > min(cached.values()) else "least loaded"
 
-    def choose_prefill(self, id: str, cached_tokens: int) -> Route:
+    def choose_prefill(self, id: str, cached_tokens: int, linked: Collection[str] | None = None) -> Route:
         """Return where the prompt is computed, its decode rank having reserved and found `cached_tokens` in its cache.
 
-        Raises PeerError where the decode rank is lost.
+        `linked`: the prefill ranks that can send to it, None for all. Raises PeerError where the decode rank is lost.
         """
         request = self.requests[id]
         decode = request.decode
@@ -180,7 +180,8 @@ class Router:
         decode.unlearn(request.reusable[cached_tokens // BLOCK :])
         lacking = len(request.tokens) - cached_tokens
         estimates = {"ppd": self._local_ms(decode, lacking)}
-        remote = {w: self._remote_ms(w, request, lacking) for w in self.of_role(PREFILL)}
+        able = [w for w in self.of_role(PREFILL) if linked is None or w.name in linked]
+        remote = {w: self._remote_ms(w, request, lacking) for w in able}
         prefill = min(remote, key=lambda w: (remote[w], len(w.queued)), default=None)
         if prefill is None:
             kind, reason = "local", "no prefill rank"

@@ -148,6 +148,10 @@ class Scheduler:
         """Return the sequences that should be running since their deadline and are not; for the caller to cancel."""
         return [s for s in self._by_id.values() if s.state is not State.RUNNING and now > s.deadline]
 
+    def all(self) -> list[Sequence]:
+        """Return the sequences that have not ended."""
+        return [*self._by_id.values()]
+
     def get(self, id: str) -> Sequence | None:
         """Return the sequence with this id, waiting or admitted."""
         return self._by_id.get(id)

@@ -25,7 +25,7 @@ from disagg_tt.kv_stream.mesh_socket import socket_config
 from disagg_tt.link import Link, as_row
 from disagg_tt.model import weights
 from disagg_tt.plan import Setup, default_weight_dtype, serving_blocks
-from disagg_tt.processes import signals_raise
+from disagg_tt.processes import signals_call, signals_raise
 from disagg_tt.rank import Seat, be_rank, mesh_shape_of
 from disagg_tt.report import configure_logging
 from disagg_tt.run import Run, read_run
@@ -33,7 +33,6 @@ from disagg_tt.serving.connection import Connection
 from disagg_tt.serving.decode_rank import DecodeRank
 from disagg_tt.serving.meeting import Meeting
 from disagg_tt.serving.prefill_rank import PrefillRank
-from disagg_tt.serving.protocol import Leave
 from disagg_tt.serving.rank import CHUNK
 from disagg_tt.watchdog import Watchdog
 
@@ -106,11 +105,9 @@ def hand_main(w: WorkerOptions, role: str, name: str) -> int:
         closing.callback(rank.close)
         rank.meet = Meeting(run, mesh, role, w.token, w.listen)
         closing.callback(rank.meet.close)
-        try:
-            _go(run, rank, name, in_job=False)
-        except (KeyboardInterrupt, SystemExit):
-            hub.send(Leave())
-            logger.info("{} leaves", name)
+        closing.enter_context(signals_call(rank.stop))
+        _go(run, rank, name, in_job=False)
+        logger.info("{} leaves", name)
     return 0
 
 

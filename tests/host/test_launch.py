@@ -14,7 +14,8 @@ from disagg_tt.mesh_descriptor import parse_text_proto, read_mesh_descriptor
 from disagg_tt.rank_binding import bundled_folder
 
 BINDINGS = sorted((bundled_folder() / "rank_bindings").glob("*.yaml"))
-SHAPES = {"1x1x2": (1, 1), "1x4x2": (1, 4), "2x2x2": (2, 2), "n300x2": (1, 2)}
+PAIRS = [path for path in BINDINGS if path.stem.endswith("_1p1d")]
+SHAPES = {"1x1x2": (1, 1), "1x4x2": (1, 4), "2x2x2": (2, 2)} | {f"n300x{n}": (1, 2) for n in (1, 2, 3, 4)}
 N300X2 = str(bundled_folder() / "mesh_descriptors/n300x2.textproto")
 
 
@@ -28,7 +29,7 @@ def write(folder: Path, *entries: dict, **top: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("path", BINDINGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PAIRS, ids=lambda path: path.stem)
 def test_shipped_bindings_make_a_pair(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the descriptor is found from anywhere
     binding = RankBinding.load(path, {})
@@ -38,6 +39,24 @@ def test_shipped_bindings_make_a_pair(path, tmp_path, monkeypatch):
     assert decode.env["TT_MESH_ID"] == "1"
     assert decode.env["TT_MESH_HOST_RANK"] == "0"
     assert Path(decode.env["TT_MESH_GRAPH_DESC_PATH"]) == binding.mesh_graph_desc_path
+
+
+@pytest.mark.parametrize("path", BINDINGS, ids=lambda path: path.stem)
+def test_in_shipped_bindings_every_prefill_mesh_reaches_every_decode_mesh(path):
+    binding = RankBinding.load(path, {})
+    binding.check()
+    roles = [rank.role for rank in binding.ranks]
+    named = {"p": roles.count("prefill"), "d": roles.count("decode")}
+    assert "".join(f"{count}{role}" for role, count in named.items() if count) == path.stem.split("_")[1]
+    assert set(binding.mesh_shapes.values()) == {SHAPES[path.stem.split("_")[0]]}
+    graphs = parse_text_proto(binding.mesh_graph_desc_path.read_text()).get("graph_descriptors", [])
+    joined = {
+        frozenset(node["mesh"][0]["mesh_id"][0] for node in connection["nodes"])
+        for graph in graphs
+        for connection in graph["connections"]
+    }
+    meshes = {role: [rank.mesh_id for rank in binding.ranks if rank.role == role] for role in set(roles)}
+    assert {frozenset((p, d)) for p in meshes.get("prefill", []) for d in meshes["decode"]} <= joined
 
 
 def test_shipped_bindings_are_all_known():

@@ -90,6 +90,14 @@ def test_a_shared_system_prompt_makes_no_later_turn():
     assert len(made.conversations) == 2
 
 
+def test_only_prefill_ranks_with_a_link_to_the_decode_rank_are_taken():
+    made = router("pd", prefill=2)
+    for id, linked in (("1", ["p1"]), ("2", ["p1", "p0"]), ("3", [])):
+        made.choose_decode(id, PROMPT)
+        route = made.choose_prefill(id, 0, linked)
+        assert (route.kind, route.prefill) == {"1": ("pd", "p1"), "2": ("pd", "p0"), "3": ("local", None)}[id]
+
+
 @pytest.mark.parametrize("mode", ["pd", "ppd", "auto"])
 def test_without_a_prefill_rank_the_decode_rank_computes(mode):
     route, _ = turn(router(mode, prefill=0), "1", PROMPT)

@@ -20,7 +20,7 @@ from disagg_tt.config import Options
 from disagg_tt.core import Answer
 from disagg_tt.rank import answer_here
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "disagg_tt" / "checkpoint"
 
 BOUND = 120.0  # seconds: far above what a run takes (2), below a hang
