@@ -15,7 +15,7 @@ BRANCHES = (
 
 @dataclass
 class Conversation:
-    """turns: answered ones. tokens: prompt and answer of the last. decode_worker: who has them, "" for none alive.
+    """turns: answered ones. tokens: prompt and answer of the last; prompt_tokens: its prompt alone. decode_worker: who has them, "" for none alive.
 
     last_used: s, of the clock of whoever calls.
     """
@@ -23,6 +23,7 @@ class Conversation:
     id: str
     turns: int = 0
     tokens: int = 0
+    prompt_tokens: int = 0
     decode_worker: str = ""
     last_used: float = 0.0
 
@@ -74,6 +75,7 @@ class Conversations:
         conversation = self._by_id.setdefault(id, Conversation(id))
         self._by_id.move_to_end(id)
         conversation.turns += 1
+        conversation.prompt_tokens = prompt_tokens
         conversation.tokens, conversation.decode_worker, conversation.last_used = len(tokens), worker, now
         length = prompt_tokens + (len(tokens) - prompt_tokens) // 2
         parent = hashes[length // BLOCK - 1] if length >= BLOCK else b""

@@ -89,10 +89,19 @@ class DecodeRank(Rank):
     role = DECODE  # type: ignore[assignment]
 
     def __init__(
-        self, model: Llama, cache: PagedCache, run: Run, hub: Connection, *, prefix_caching: bool = True
+        self,
+        model: Llama,
+        cache: PagedCache,
+        run: Run,
+        hub: Connection,
+        *,
+        prefix_caching: bool = True,
+        reuse_answers: bool = False,
     ):
-        """Without `prefix_caching` nothing that was computed for one request serves another."""
-        super().__init__(model, cache, run, hub, Scheduler(cache.slots, BlockPool(cache.blocks), chunk=CHUNK))
+        """Without `prefix_caching` nothing that was computed for one request serves another. reuse_answers: see Scheduler."""
+        pool = BlockPool(cache.blocks)
+        scheduler = Scheduler(cache.slots, pool, chunk=CHUNK, reuse_answers=reuse_answers)
+        super().__init__(model, cache, run, hub, scheduler)
         self._prefix_caching = prefix_caching
         self.batch = Batch(model, cache, run.options.enable_trace)
         self._inlets: dict[str, _Inlet] = {}

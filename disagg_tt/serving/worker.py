@@ -53,6 +53,7 @@ class WorkerOptions:
     slots: int = 32
     blocks: int | None = None
     prefix_caching: bool = True
+    reuse_answers: bool = False
     listen: str = "127.0.0.1"
 
 
@@ -164,8 +165,10 @@ def _rank(w: WorkerOptions, run: Run, mesh: Any, role: str, hub: Connection) -> 
         )
     model = run.load_model(mesh, role, tokens)
     cache = PagedCache(mesh, run.config, slots, each, blocks, getattr(ttnn, o.kv_dtype))
-    kind = PrefillRank if role == PREFILL else DecodeRank
-    return kind(model, cache, run, hub, prefix_caching=w.prefix_caching)
+    if role == PREFILL:
+        return PrefillRank(model, cache, run, hub, prefix_caching=w.prefix_caching)
+    reuse = {"prefix_caching": w.prefix_caching, "reuse_answers": w.reuse_answers}
+    return DecodeRank(model, cache, run, hub, **reuse)
 
 
 def _go(run: Run, rank: PrefillRank | DecodeRank, name: str, *, in_job: bool) -> None:

@@ -26,8 +26,11 @@ class Ours:
         loaded = weights.load(checkpoint, self.mesh, weights.weight_dtype(checkpoint.config, "bfloat16"))
         self.model = Llama(self.mesh, checkpoint.config, loaded, whole_tiles(longest), dtype)
         self.cache = PagedCache(self.mesh, checkpoint.config, slots, pages, slots * pages, dtype)
+        self.rows: list[Any] = []  # each slot's page table, as prefill takes it
         for slot in range(slots):
-            self.cache.assign(slot, list(range(slot * pages, (slot + 1) * pages)))
+            blocks = list(range(slot * pages, (slot + 1) * pages))
+            self.cache.assign(slot, blocks)
+            self.rows.append(self.cache.table_row(blocks))
 
     def __enter__(self) -> Ours:
         return self
@@ -37,7 +40,7 @@ class Ours:
 
     def prefill(self, tokens: list[int], slot: int = 0) -> torch.Tensor:
         """Logits [positions of the last tile, vocabulary] of a prompt, whose K and V go into `slot`."""
-        logits = self.model.prefill(tokens, lambda layer, k, v: self.cache.fill(layer, k, v, slot))
+        logits = self.model.prefill(tokens, lambda layer, k, v: self.cache.fill(layer, k, v, self.rows[slot]))
         return _values(logits)[: (len(tokens) - 1) % TILE + 1]
 
     def decode(self, texts: list[list[int]], begin: list[int], steps: int) -> torch.Tensor:

@@ -103,7 +103,7 @@ def first_turns(tokenizer):
 
 
 def test_what_is_cached_is_counted_to_the_token(server, mode, first_turns, tokenizer):
-    """A second turn finds the whole blocks of what was fed before; where P computes it, those of the first prompt."""
+    """A second turn finds the whole blocks of the first one's prompt; an answer's are not reused unless asked for."""
 
     def cached(tokens, new):
         response = server.openai.completions.create(
@@ -115,11 +115,11 @@ def test_what_is_cached_is_counted_to_the_token(server, mode, first_turns, token
     prompt, answer = first_turns[mode]
     known = {c["id"]: c["turns"] for c in server.get("/conversations")["conversations"]}
     assert cached(prompt, len(answer)) == 0
-    of_prompt, of_all = (length // BLOCK * BLOCK for length in (len(prompt), len(prompt + answer[:-1])))
-    assert of_prompt < of_all
+    of_prompt = len(prompt) // BLOCK * BLOCK
+    assert 0 < of_prompt < len(prompt + answer[:-1]) // BLOCK * BLOCK
     second = cached([*prompt, *answer, *tokenizer.encode(" And then?")], 5)
-    auto = (0, of_prompt, of_all)  # nothing, where the first was computed on D and the second is on P
-    assert second in {"pd": [of_prompt], "ppd": [of_all], "auto": auto}[mode]
+    # nothing, where the first was computed on D and the second is on P
+    assert second in ((0, of_prompt) if mode == "auto" else (of_prompt,))
     conversations = server.get("/conversations")["conversations"]
     assert [c["turns"] for c in conversations if c["id"] not in known] == [2]
     found = cached(prompt[:of_prompt], 1)
@@ -127,8 +127,8 @@ def test_what_is_cached_is_counted_to_the_token(server, mode, first_turns, token
 
 
 def test_conversations_at_once_with_cancellations_in_changing_modes(server, tokenizer):
-    """examples/verify_serving.py, small. K and V of an answer that a later turn reuses were computed by decode steps, whose
-    sums have another order than a prefill's: near ties may flip, and nothing else."""
+    """examples/verify_serving.py, small. Attention over a prompt's pieces may sum in another order than over the whole: a near
+    tie may flip, and nothing else."""
     seed = 7
     print(f"seed {seed}")
     run = verify_serving.Run(server.url, NEW, seed)
@@ -137,7 +137,7 @@ def test_conversations_at_once_with_cancellations_in_changing_modes(server, toke
     answers = verify_serving.reference(run)
     counts, differing = verify_serving.compare(run, answers, tokenizer)
     assert counts["answers"] == 8 * 3 and counts["left"] > 0
-    assert asyncio.run(verify_serving.near_ties(run, answers, differing, tokenizer)) == len(differing) <= 2
+    assert asyncio.run(verify_serving.near_ties(run, answers, differing, tokenizer)) == len(differing) <= 1
 
 
 def test_a_changed_answer_is_noticed(one_mesh, tokenizer):
