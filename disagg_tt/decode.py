@@ -193,6 +193,10 @@ class Decode:
         self.slots[slot] = Slot(request, text, prompt_tokens, blocks)
         return slot
 
+    def table_row(self, slot: int) -> Any:
+        """Return the page table of one row that names the pages of `slot`, for a receiver or a LocalSender to fill."""
+        return self.cache.table_row(self.slots[slot].blocks)
+
     def start(self, slot: int, first_token: int) -> Token:
         """Begin decoding `slot`, whose prompt is in the cache, after its first token."""
         entry = self.slots[slot]

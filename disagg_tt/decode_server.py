@@ -83,8 +83,7 @@ class DecodeServer:
         text = self.run.text_stream(message["max_new_tokens"])
         self._slot = self.decode.reserve(message["request"], message["tokens"], text)
         self.answers.open(message["request"], message["tokens"], self.decode.slots[self._slot].steps)
-        row = self.decode.cache.table_row(self.decode.slots[self._slot].blocks)
-        self.receiver.accept(message["request"], message["tokens"], row)
+        self.receiver.accept(message["request"], message["tokens"], self.decode.table_row(self._slot))
 
     def _start(self, message: Message) -> None:
         with self.run.watchdog.guard(f"the K/V of request {message['request']} to arrive"):

@@ -188,7 +188,7 @@ def _answer_on(mesh: Any, run: Run, requests: list[Request], timeline: Timeline)
         started = time.monotonic()
         text = run.text_stream(request.max_new_tokens)
         slot = decode.reserve(request.id, len(request.tokens), text)
-        sender.row = cache.table_row(decode.slots[slot].blocks)
+        sender.row = decode.table_row(slot)
         answers.open(request.id, len(request.tokens), decode.slots[slot].steps)
         first: list[int] = []
         prefill.run(request, first.append)

@@ -86,15 +86,18 @@ class Link:
     def sender(self, run: Run, tokens: int) -> RemoteSender:
         """Return the prefill end of the stream, for prompts of up to `tokens` tokens: over the wire, or the socket."""
         o, dtype, layers = run.options, getattr(ttnn, run.options.kv_dtype), run.config.num_hidden_layers
+        sender: RemoteSender
         if isinstance(self.wire, WireSender):
-            self.stream = sender = StagedSender(
+            sender = StagedSender(
                 self.mesh, self.wire, self.control, run.config, dtype, tokens, overlap=o.overlap, deadline_s=o.deadline_s
             )  # fmt: skip
-            return sender
-        self.stream = socket_sender = MeshSocketSender(
-            self.mesh, self.socket, self.control, layers, overlap=o.overlap, direct=o.direct, deadline_s=o.deadline_s
-        )  # fmt: skip
-        return socket_sender
+        else:
+            sender = MeshSocketSender(
+                self.mesh, self.socket, self.control, layers, overlap=o.overlap, direct=o.direct, deadline_s=o.deadline_s
+            )  # fmt: skip
+        sender.guard = run.watchdog.guard
+        self.stream = sender
+        return sender
 
     def receiver(self, run: Run, cache: PagedCache, tokens: int) -> KVReceiver:
         """Return the decode end of the stream, which fills `cache`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,13 +18,12 @@ import torch
 from disagg_tt.core import TILE, Request
 from disagg_tt.device import ttnn
 from disagg_tt.device.host import read
-from disagg_tt.kv_stream.base import KVSender, Metadata, PrefillTimes
+from disagg_tt.kv_stream.base import Guard, KVSender, Metadata, PrefillTimes
 from disagg_tt.model.llama import Llama
 from disagg_tt.perf import Timeline
 from disagg_tt.tokens import Choice, Sampling, choose
 
 FirstToken = Callable[[int], None]
-Guard = Callable[[str], AbstractContextManager[Any]]
 
 
 def first_token(

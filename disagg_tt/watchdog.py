@@ -25,12 +25,13 @@ class Watchdog:
 
     @contextmanager
     def guard(self, what: str) -> Iterator[None]:
-        """Give the block `limit_s` seconds."""
+        """Give the block `limit_s` seconds; one within another counts alone, then the outer one goes on."""
+        outer = self._guarded
         self._guarded = (what, time.monotonic() + self._limit_s)
         try:
             yield
         finally:
-            self._guarded = None
+            self._guarded = outer
 
     def _watch(self) -> None:
         while not self._closed.wait(min(_PERIOD_S, self._limit_s / 4)):

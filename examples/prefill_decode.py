@@ -61,7 +61,8 @@ def decode(link: Link, model: Llama, tokenizer: Tokenizer) -> None:
     text = TextStream(tokenizer, (), model.config.eos_token_ids, request["max_new_tokens"])
     slot = stage.reserve(request["request"], request["tokens"], text)
     steps = stage.slots[slot].steps
-    receiver.accept(request["request"], request["tokens"], slot)  # tells the other rank that it may begin
+    # tells the other rank that it may begin
+    receiver.accept(request["request"], request["tokens"], stage.table_row(slot))
     for _ in range(model.config.num_hidden_layers):
         receiver.receive_layer(expect(link.control, "layer", DEADLINE_S, "the next layer")["layer"])
     expect(link.control, "sent", DEADLINE_S, "the metadata")

@@ -15,6 +15,8 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -26,6 +28,8 @@ from disagg_tt.core import TILE, Request, whole_tiles
 from disagg_tt.device import ttnn
 from disagg_tt.errors import RefusedError, StreamError
 from disagg_tt.kv_stream.control import START_UP_S, Control, Message, expect
+
+Guard = Callable[[str], AbstractContextManager[Any]]
 
 MAGIC, VERSION = 0x44544B56, 1
 
@@ -174,9 +178,11 @@ class RemoteSender(KVSender):
         # the decode rank may still be compiling at the first request
         self._limit_s = max(START_UP_S, deadline_s)
         self.done: list[Message] = []
-        self._untold: deque[tuple[int, Any]] = (
-            deque()
-        )  # layers, each with the event that says that it is computed
+        self.guard: Guard = (
+            nullcontext  # entered around each wait for the device, which has no deadline of its own
+        )
+        # layers that the receiver has not been told of, each with the event that says that it is computed
+        self._untold: deque[tuple[int, Any]] = deque()
 
     def announce(self, request: Request) -> None:
         self.bytes_sent = 0
@@ -215,7 +221,10 @@ class RemoteSender(KVSender):
     def _tell_of_layers(self) -> None:
         while self._untold:
             layer, computed = self._untold.popleft()
-            ttnn.event_synchronize(computed)
+            with self.guard(
+                f"the K/V of request {self.stream.request} to leave"
+            ):  # those of the layers before it
+                ttnn.event_synchronize(computed)
             self._control.send("layer", request=self.stream.request, layer=layer, at=time.monotonic())
 
 

@@ -354,9 +354,9 @@ end(0)
     assert code == 0 and all(len(event["found"]) == 1 for event in named(events, "files"))
 
 
-def test_a_binding_of_three_ranks_starts_nothing(binding):
+def test_a_binding_whose_ranks_share_a_mesh_starts_nothing(binding):
     more = RankBinding(binding.path, (*binding.ranks, binding.ranks[1]), *list(vars(binding).values())[2:])
-    with pytest.raises(RankBindingError, match="3 ranks"):
+    with pytest.raises(RankBindingError, match="share mesh 1"):
         run(more, "end(0)")
 
 

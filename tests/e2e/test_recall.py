@@ -12,6 +12,7 @@ from runs import CHECKPOINT, here, prompts_file, seeded, two_ranks
 from tokenizers import Tokenizer
 
 from disagg_tt.core import TILE
+from disagg_tt.device import ttnn
 from disagg_tt.kv_stream.mesh_socket import MeshSocketReceiver
 
 
@@ -88,7 +89,7 @@ def answers_with(
         case = cases[metadata.request]
         pages = metadata.sequence_length // TILE
         page = page_of(case)
-        rows = self._cache._rows[self._slot].tolist()
+        rows = ttnn.to_torch(ttnn.get_device_tensors(self._row)[0])[0].tolist()
         for layer, pools in enumerate(self._cache.layers):
             k, v = map(read_pool, pools)
             damage(k, v, layer, rows[page], rows[(page + pages // 2) % (pages - 1)])

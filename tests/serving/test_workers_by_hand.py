@@ -48,30 +48,34 @@ def ask(server, prompt):
     return response.parse().choices[0].text, response.headers["x-route"]
 
 
-@pytest.mark.parametrize(
-    "transport",
-    [
-        "tcp",
-        pytest.param(
-            "nixl",
-            marks=pytest.mark.skipif(
-                importlib.util.find_spec("nixl") is None, reason="nixl is not installed"
-            ),
-        ),
-    ],
-)
-def test_workers_join_serve_leave_and_die(transport, expected):
+@pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="nixl is not installed")
+def test_two_workers_over_nixl_give_one_meshs_tokens(expected):
+    with (
+        proxy() as server,
+        worker(server, "decode", "d", "nixl") as d,
+        worker(server, "prefill", "p", "nixl") as p,
+    ):
+        server.ready(1, 1)
+        linked((p, "d"))
+        for prompt in PROMPTS[:2]:
+            assert ask(server, prompt) == (expected[prompt], "pd")
+        server.at_rest()
+        assert p.stop() == 0 and d.stop() == 0 and server.stop() == 0
+        assert "Traceback" not in server.log.text + d.log.text + p.log.text
+
+
+def test_workers_join_serve_leave_and_die(expected):
     with ExitStack() as closing:
         server = closing.enter_context(proxy())
         assert server.http.get("/health").status_code == 503
-        one = closing.enter_context(worker(server, "decode", "one", transport))
-        p = closing.enter_context(worker(server, "prefill", "p", transport))
+        one = closing.enter_context(worker(server, "decode", "one"))
+        p = closing.enter_context(worker(server, "prefill", "p"))
         server.ready(1, 1)
         linked((p, "one"))
         assert ask(server, PROMPTS[0]) == (expected[PROMPTS[0]], "pd")
         server.at_rest()
 
-        other = closing.enter_context(worker(server, "decode", "other", transport))
+        other = closing.enter_context(worker(server, "decode", "other"))
         server.ready(1, 2)
         linked((p, "other"))
         running = server.openai.completions.create(
@@ -96,7 +100,7 @@ def test_workers_join_serve_leave_and_die(transport, expected):
         assert ask(server, PROMPTS[3]) == (expected[PROMPTS[3]], "local")
         server.at_rest()
 
-        p = closing.enter_context(worker(server, "prefill", "p", transport))
+        p = closing.enter_context(worker(server, "prefill", "p"))
         server.ready(1, 1)
         linked((p, left))
         assert ask(server, PROMPTS[4]) == (expected[PROMPTS[4]], "pd")
