@@ -26,6 +26,7 @@ from disagg_tt.device.emulator.types import (
 from disagg_tt.errors import DeviceError
 
 BF16 = DataType.BFLOAT16
+_FEW = 4  # times as many slots as are in use: then each is cheaper alone
 
 
 def _plan(
@@ -243,10 +244,11 @@ def _attend_decode(
             keys.shape[0], users, kv_heads, heads // kv_heads, dim
         )
         qd = qd.transpose(1, 2) * factor  # [chips, kv_heads, users, group, dim]
-        if place.spread:
-            out = torch.cat(
-                [_attend(qd[:, :, u : u + 1], keys, values, place.user(u)) for u in range(users)], dim=2
-            )
+        active = [u for u, position in enumerate(place.positions) if position >= 0]
+        if place.spread or len(active) * _FEW <= users:  # one by one; what a free slot gets is undefined
+            out = torch.zeros_like(qd)
+            for u in active:
+                out[:, :, u] = _attend(qd[:, :, u : u + 1], keys, values, place.user(u))[:, :, 0]
         else:
             out = _attend(qd, keys, values, place)
         out = out.transpose(1, 2).reshape(keys.shape[0], 1, users, heads, dim)
