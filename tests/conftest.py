@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
@@ -20,6 +21,10 @@ REQUIRE_MOCK = os.environ.get("DISAGG_TT_REQUIRE_MOCK") == "1"
 os.environ.setdefault(
     "DISAGG_TT_DEVICE", "emulator"
 )  # in this process; mock tests start processes of their own
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as in a job of the background; what tests start inherits that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; must be set before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -101,9 +101,7 @@ async def serving_over_hub(server: ServerOptions) -> AsyncIterator[Frontend]:
     )
     listener = listen(server.host, server.port)
     hub = Hub(server.hub, server.token)
-    frontend = Frontend(
-        hub, Router(server.mode, reuse_answers=server.reuse_answers), deadline_s=server.deadline_s
-    )
+    frontend = Frontend(hub, Router(server.mode), deadline_s=server.deadline_s)
     hub.start()
     try:
         async with serving(create_app(frontend, Tokenizer(path), served), listener):

@@ -36,7 +36,6 @@ class ServerOptions:
     served_model_name: str | None = None
     hub: str = "tcp://127.0.0.1:*"
     token: str = ""
-    reuse_answers: bool = False
     deadline_s: float = 60.0
 
 
@@ -69,7 +68,6 @@ def main(words: Sequence[str]) -> int:
         served_model_name=a.served_model_name,
         hub=a.hub if command == "proxy" else ServerOptions.hub,
         token=os.environ.get(TOKEN_VARIABLE, "") if command == "proxy" else secrets.token_hex(32),
-        reuse_answers=command == "serve" and a.reuse_answers,
         deadline_s=a.deadline_s,
     )
     if command == "proxy":
@@ -105,7 +103,6 @@ def _worker(words: list[str]) -> int:
         a.max_num_seqs,
         a.num_blocks,
         a.prefix_caching,
-        a.reuse_answers,
         listen=a.listen,
     )
     if a.role is None:
@@ -167,7 +164,6 @@ def _add_rank_flags(to: argparse.ArgumentParser) -> None:
     to.add_argument("--max-num-seqs", type=int, default=32, help="requests that a decode rank runs at once, at most 32 (default)")  # fmt: skip
     to.add_argument("--num-blocks", type=int, help="cache blocks of 32 tokens a rank (default: full sequences in all slots)")  # fmt: skip
     to.add_argument("--no-prefix-caching", dest="prefix_caching", action="store_false", help="compute, and send, every prompt whole")  # fmt: skip
-    to.add_argument("--reuse-answers", action="store_true", help="reuse cache that decode steps filled too: less to compute, but near ties may fall otherwise than on one mesh")  # fmt: skip
     to.add_argument("--transport", default=Options.transport, help=f"{', '.join(TRANSPORTS)} (default: %(default)s)")  # fmt: skip
     to.add_argument("--overlap", default=Options.overlap, help=f"how K/V leaves: {', '.join(OVERLAPS)}")
     to.add_argument("--enable-trace", action="store_true", help="replay the decode step as a ttnn trace")
@@ -199,6 +195,5 @@ def _rank_words(a: argparse.Namespace) -> list[str]:
                  "num_blocks", "transport", "overlap", "threads"):  # fmt: skip
         if getattr(a, flag) is not None:
             words += ["--" + flag.replace("_", "-"), getattr(a, flag)]
-    words += ["--reuse-answers"] * a.reuse_answers
     words += ["--enable-trace"] * a.enable_trace + ["--no-prefix-caching"] * (not a.prefix_caching)
     return [str(word) for word in words]

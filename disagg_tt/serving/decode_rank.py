@@ -96,11 +96,10 @@ class DecodeRank(Rank):
         hub: Connection,
         *,
         prefix_caching: bool = True,
-        reuse_answers: bool = False,
     ):
-        """Without `prefix_caching` nothing that was computed for one request serves another. reuse_answers: see Scheduler."""
+        """Without `prefix_caching` nothing that was computed for one request serves another."""
         pool = BlockPool(cache.blocks)
-        scheduler = Scheduler(cache.slots, pool, chunk=CHUNK, reuse_answers=reuse_answers)
+        scheduler = Scheduler(cache.slots, pool, chunk=CHUNK)
         super().__init__(model, cache, run, hub, scheduler)
         self._prefix_caching = prefix_caching
         self.batch = Batch(model, cache, run.options.enable_trace)

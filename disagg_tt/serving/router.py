@@ -78,15 +78,13 @@ class Router:
         max_delay_steps: float = 16.0,
         hopeless: float = 4.0,
         conversations: int = 4096,
-        reuse_answers: bool = False,
     ):
-        """`max_waiting`: requests without a token yet. `stall_ratio`, `reuse_answers`: the decode ranks' (scheduler.py).
+        """`max_waiting`: requests without a token yet. `stall_ratio`: the decode ranks' (scheduler.py).
 
         `max_delay_steps`: decode steps that a local prefill may cost the running requests, in auto; unless the queue for
         a prefill rank alone takes `hopeless` times as long as the local prefill would.
         """
-        self.mode, self.reuse_answers = mode, reuse_answers
-        self.max_waiting, self.stall_ratio = max_waiting, stall_ratio
+        self.mode, self.max_waiting, self.stall_ratio = mode, max_waiting, stall_ratio
         self.max_delay_steps, self.hopeless = max_delay_steps, hopeless
         self.workers: dict[str, Worker] = {}
         self.requests: dict[str, Request] = {}
@@ -279,10 +277,9 @@ class Router:
         self.ended(id)
         tokens = [*request.tokens, *answer]
         alive = self.workers.get(request.decode.name) is request.decode
-        prompt_hashes = list(request.hashes)
         extend(request.hashes, tokens[:-1])  # the last token was never fed
         if alive:
-            request.decode.learn(request.hashes if self.reuse_answers else prompt_hashes)
+            request.decode.learn(request.hashes)
         self.answer.observe(1, len(answer))
         name = request.decode.name if alive else ""
         prompt = len(request.tokens)

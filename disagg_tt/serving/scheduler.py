@@ -105,16 +105,10 @@ class Scheduler:
         max_waiting: int = 256,
         stall_ratio: float = 1.0,
         chunk: int = 512,
-        reuse_answers: bool = False,
     ):
-        """`stall_ratio`: decode steps that other work may take between two; `chunk`: tokens of a piece when none run.
-
-        Blocks that decode steps filled can be found only with `reuse_answers`: their sums are rounded in another order
-        than a prompt's, so what is computed over them may differ from a single mesh's answer where two tokens nearly tie.
-        """
+        """`stall_ratio`: decode steps that other work may take between two; `chunk`: tokens of a piece when none run."""
         self.slots, self.pool = slots, pool
         self.max_waiting, self.stall_ratio, self.chunk = max_waiting, stall_ratio, chunk
-        self.reuse_answers = reuse_answers
         self.waiting: deque[Sequence] = deque()
         self.admitted: dict[int, Sequence] = {}  # by slot, in the order of admission
         self._by_id: dict[str, Sequence] = {}
@@ -294,12 +288,10 @@ class Scheduler:
         sequence.state = target
 
     def _complete(self, sequence: Sequence, tokens: int) -> None:
-        """`tokens` more have K and V in the cache: their full blocks can be found from now on, see `reuse_answers`."""
+        """`tokens` more have K and V in the cache: their full blocks can be found from now on."""
         before = sequence.computed // BLOCK
         sequence.computed += tokens
-        after = (
-            sequence.computed if self.reuse_answers else min(sequence.computed, sequence.prompt_tokens)
-        ) // BLOCK
+        after = sequence.computed // BLOCK
         if after > len(sequence.hashes):
             extend(sequence.hashes, sequence.tokens[: sequence.computed])
         for i in range(before, after):

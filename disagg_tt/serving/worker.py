@@ -53,7 +53,6 @@ class WorkerOptions:
     slots: int = 32
     blocks: int | None = None
     prefix_caching: bool = True
-    reuse_answers: bool = False
     listen: str = "127.0.0.1"
 
 
@@ -167,8 +166,7 @@ def _rank(w: WorkerOptions, run: Run, mesh: Any, role: str, hub: Connection) -> 
     cache = PagedCache(mesh, run.config, slots, each, blocks, getattr(ttnn, o.kv_dtype))
     if role == PREFILL:
         return PrefillRank(model, cache, run, hub, prefix_caching=w.prefix_caching)
-    reuse = {"prefix_caching": w.prefix_caching, "reuse_answers": w.reuse_answers}
-    return DecodeRank(model, cache, run, hub, **reuse)
+    return DecodeRank(model, cache, run, hub, prefix_caching=w.prefix_caching)
 
 
 def _go(run: Run, rank: PrefillRank | DecodeRank, name: str, *, in_job: bool) -> None:

@@ -43,6 +43,27 @@ class Ours:
         logits = self.model.prefill(tokens, lambda layer, k, v: self.cache.fill(layer, k, v, self.rows[slot]))
         return _values(logits)[: (len(tokens) - 1) % TILE + 1]
 
+    def chunk(self, tokens: list[int], start: int, slot: int) -> torch.Tensor:
+        """Logits as `prefill`'s, of `tokens` from `start` on, whose K and V, as the earlier ones', are in `slot`'s blocks."""
+        pages = self.cache.blocks_per_slot
+        blocks = list(range(slot * pages, (slot + 1) * pages))
+        logits = self.model.prefill_chunk(tokens, start, self.cache, blocks, lambda layer, k, v: None)
+        return _values(logits)[: (len(tokens) - 1) % TILE + 1]
+
+    def cached(self, slot: int, tokens: int) -> torch.Tensor:
+        """K and V of all layers, [layers, 2, kv_heads, tokens, head_dim], of the first `tokens` tokens of `slot`."""
+        pages = self.cache.blocks_per_slot
+        held = [
+            torch.cat([ttnn.to_torch(chip) for chip in ttnn.get_device_tensors(pool)], dim=1)
+            for pools in self.cache.layers
+            for pool in pools
+        ]
+        each = torch.stack(held)[
+            :, slot * pages : (slot + 1) * pages
+        ]  # [.., pages, kv_heads, block, head_dim]
+        each = each.transpose(1, 2).flatten(2, 3)[:, :, :tokens]
+        return each.unflatten(0, (len(self.cache.layers), 2)).float()
+
     def decode(self, texts: list[list[int]], begin: list[int], steps: int) -> torch.Tensor:
         """Logits [slots, steps, vocabulary]: `steps` tokens of each text, from position `begin` on, one at a time.
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 
 import pytest
+from runs import end_of, environment, started
 
 from disagg_tt.__main__ import main
 from disagg_tt.bench import kv
@@ -105,14 +104,11 @@ def test_an_order_takes_each_block_once(order):
 
 def test_ctrl_c_ends_it_with_no_rank_left():
     command = [sys.executable, "-m", "disagg_tt", "bench", "kv", "--transport", "tcp", "--iterations", "9999"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "LOGURU_LEVEL": "INFO"},
-    )  # fmt: skip
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "device layer" in line:  # a rank is up
-            break
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode in (130, -signal.SIGINT)
+    with started(command, environment(LOGURU_LEVEL="INFO")) as running:
+        assert running.process.stderr is not None
+        for line in running.process.stderr:
+            if "device layer" in line:  # a rank is up
+                break
+        running.process.send_signal(signal.SIGINT)
+        done = end_of(running)
+    assert (done.code in (130, -signal.SIGINT), done.left) == (True, []), done.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from socket_ranks import KINDS, PATIENCE, config, empty, joined, read, sent, val
 from tensors import OpenMesh
 
 from disagg_tt.device import emulator as ttnn
+from disagg_tt.device.emulator import waits
+from disagg_tt.device.emulator.channel import _FAILED
 from disagg_tt.errors import DeviceError, NotEmulatedError
 
 WIRE = {  # bytes of both chips' shards, in whole pages
@@ -400,6 +403,27 @@ def test_programs_that_cannot_deadlock_are_never_said_to(ranks: int, seed: int) 
     assert (code, len(results)) == (0, ranks), f"seed {seed}: {printed}"
     assert [r["stress"]["wrong"] for r in results] == [0] * ranks, f"seed {seed}"
     assert sum(r["stress"]["moved"] for r in results) > 10
+
+
+def test_a_host_that_is_slow_to_post_its_second_receive_is_no_deadlock(
+    meshes: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PATIENCE, "60")
+    send, receive = ops("direct")
+    out, into = pair(meshes)
+    tensor, target = sent(meshes[0], "bfloat16"), empty(meshes[1], "bfloat16")
+    for _ in range(2):  # the second is packed while the first has not been received
+        send(tensor, out)
+    receive(target, into)
+    ttnn.synchronize_device(meshes[1])
+    end, polls = time.monotonic() + 60, 0
+    while polls < 8 and time.monotonic() < end and not out._channel._get(_FAILED):
+        polls = max((record[1] for record in waits.board.waiting().values()), default=0)
+    receive(target, into)
+    for mesh in meshes:
+        ttnn.synchronize_device(mesh)
+    assert polls >= 8  # while the second send waited
+    assert torch.equal(read(meshes[1], target), read(meshes[0], tensor))
 
 
 def test_a_rank_that_dies_ends_the_job() -> None:

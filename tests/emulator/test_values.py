@@ -76,7 +76,6 @@ def test_a_weight_of_native_products_is_not_held_in_float32_too(
 ) -> None:
     monkeypatch.setattr(matmul, "_multiplies_bfloat16", lambda: True)
     monkeypatch.setattr(tensors, "SMALL", 0)
-    monkeypatch.setattr(matmul, "LARGE", 0)
     a, b = _bfloat16(1, 1, 32, 64), _bfloat16(1, 1, 64, 32, seed=1)
     weight = _put(mesh, b, getattr(ttnn, dtype))
     for _ in range(2):

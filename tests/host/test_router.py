@@ -26,7 +26,7 @@ PROMPT = list(range(100, 200))
 
 def router(mode: str = "auto", prefill: int = 1, decode: int = 1, **options) -> Router:
     """Prefill ranks p0, p1, ... and decode ranks d0, d1, ... of 4 slots; measured: 1 ms a token; steps of 20 ms."""
-    made = Router(mode, **{"reuse_answers": True} | options)
+    made = Router(mode, **options)
     for role, count in ((PREFILL, prefill), (DECODE, decode)):
         for i in range(count):
             made.join(worker := Worker(f"{role[0]}{i}", role, 4, 64))

@@ -22,7 +22,7 @@ STATEFUL = settings(
 
 
 def scheduler(slots: int = 4, blocks: int = 64, **options) -> Scheduler:
-    return Scheduler(slots, BlockPool(blocks), **{"reuse_answers": True} | options)
+    return Scheduler(slots, BlockPool(blocks), **options)
 
 
 def sequence(name: str, prompt: int = 40, new: int = 8, **more) -> Sequence:
@@ -104,16 +104,15 @@ def test_a_later_turn_finds_the_answer_of_the_one_before_in_cache():
     assert later.cached == 64
 
 
-@pytest.mark.parametrize("reuse", [False, True])
-def test_blocks_that_decode_steps_filled_are_found_only_with_reuse_answers(reuse):
-    sched = scheduler(reuse_answers=reuse)
+def test_blocks_that_decode_steps_filled_are_found():
+    sched = scheduler()
     first = running(sched, "a", prompt=40, new=40)
     while first.state is State.RUNNING:
         sched.advance(first, 7)
     again = Sequence("b", [*first.tokens, 5], 1)
     sched.add(again)
     sched.admit()
-    assert again.cached == (64 if reuse else 32)
+    assert again.cached == 64
 
 
 def test_what_was_only_half_received_is_not_found():

@@ -36,7 +36,7 @@ class Board:
         self._free = list(range(_RECORDS))
         self._lock = threading.Lock()
         self._epochs = 0
-        self._alive: list[Any] = [_watch(pid) if r != me else None for r, pid in enumerate(pids)]
+        self._alive: list[int | None] = [_watch(pid) if r != me else None for r, pid in enumerate(pids)]
         self.put(STATE, 1)
 
     @staticmethod
@@ -87,7 +87,7 @@ class Board:
         if self.get(rank, STATE) == ENDED:
             return self._get_text(self._text_at(rank))
         watch = self._alive[rank] if rank < len(self._alive) else None
-        return "its process was killed or crashed" if watch is not None and watch.poll(0) else ""
+        return "its process was killed or crashed" if watch is not None and _has_ended(watch) else ""
 
     # ---- waits
 
@@ -166,11 +166,15 @@ class Board:
             stuck -= freed
 
 
-def _watch(pid: int) -> Any:
-    """Return something whose poll(0) is true once the process has ended, None where the system has no such thing."""
+def _watch(pid: int) -> int | None:
+    """Return a file descriptor that can be read once the process has ended, None where the system has no such thing."""
     try:
-        poller = select.poll()
-        poller.register(os.pidfd_open(pid), select.POLLIN)
+        return os.pidfd_open(pid)
     except (AttributeError, OSError):
         return None
-    return poller
+
+
+def _has_ended(watch: int) -> bool:
+    poller = select.poll()  # a new one: two threads cannot poll with the same
+    poller.register(watch, select.POLLIN)
+    return bool(poller.poll(0))

@@ -48,7 +48,9 @@ class Channel(Protocol):
     def check(self) -> None: ...
     def leave(self) -> None: ...
     def unread(self) -> bool: ...
-    def until(self, ready: Callable[[], bool], number: int, what: Callable[[], str]) -> None: ...
+    def until(
+        self, ready: Callable[[], bool], number: Callable[[], int], what: Callable[[], str]
+    ) -> None: ...
 
 
 # Words that both ends see, each on a cache line of its own: [sender's, receiver's] or only one's.
@@ -111,8 +113,8 @@ class _Paired:
     def _failure(self) -> str:
         raise NotImplementedError
 
-    def until(self, ready: Callable[[], bool], number: int, what: Callable[[], str]) -> None:
-        """Wait for the other end's transfer `number`."""
+    def until(self, ready: Callable[[], bool], number: Callable[[], int], what: Callable[[], str]) -> None:
+        """Wait for the other end's transfer `number`, which one may change in the wait."""
 
         def look() -> bool:
             if ready():
@@ -124,7 +126,7 @@ class _Paired:
                 raise DeviceError(f"{what()}: the other end of the socket is closed; on hardware this hangs")
             return False
 
-        waits.until(look, what, lambda: self.nodes(number), fix=FIX)
+        waits.until(look, what, lambda: self.nodes(number()), fix=FIX)
 
 
 FIX = (
@@ -147,7 +149,7 @@ class LocalChannel(_Paired):
 
     def read_head(self, number: int, what: Callable[[], str]) -> Head:
         transfers = self._shared.transfers
-        self.until(lambda: bool(transfers), number, what)
+        self.until(lambda: bool(transfers), lambda: number, what)
         return transfers[0][0]
 
     def read(self, rooms: Rooms, dtype: DataType, what: Callable[[], str]) -> None:
@@ -206,7 +208,7 @@ class RingChannel(_Paired):
         at, offset = self._next(size)
         end = at + size
         if end - self._get(_READ) > self._size:
-            self.until(lambda: end - self._get(_READ) <= self._size, self._get(_TAKEN) + 1, what)
+            self.until(lambda: end - self._get(_READ) <= self._size, lambda: self._get(_TAKEN) + 1, what)
         self._at = end
         return offset
 
@@ -215,7 +217,7 @@ class RingChannel(_Paired):
         at, offset = self._next(size)
         end = at + size
         if self._get(_WRITTEN) < end:
-            self.until(lambda: self._get(_WRITTEN) >= end, number, what)
+            self.until(lambda: self._get(_WRITTEN) >= end, lambda: number, what)
         self._at = end
         return offset
 

@@ -91,7 +91,7 @@ class MpiChannel:
 
     def read_head(self, number: int, what: Callable[[], str]) -> Head:
         messages: list[bytes] = []
-        self.until(lambda: self._take(self._in, messages), number, what)
+        self.until(lambda: self._take(self._in, messages), lambda: number, what)
         found, flags, self._payload = _HEAD.unpack_from(messages[0])
         text = messages[0][_HEAD.size :]
         if not found:
@@ -140,7 +140,7 @@ class MpiChannel:
     def unread(self) -> bool:
         return False
 
-    def until(self, ready: Callable[[], bool], number: int, what: Callable[[], str]) -> None:
+    def until(self, ready: Callable[[], bool], number: Callable[[], int], what: Callable[[], str]) -> None:
         def look() -> bool:
             if ready():
                 return True

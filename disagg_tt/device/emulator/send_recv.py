@@ -151,7 +151,7 @@ def _settle(socket: MeshSocket, queue: CommandQueue, fifo: int, number: int, wha
         return queue.next_is(socket) or sum(size for _, size in unsettled) <= fifo
 
     if not settled():
-        channel.until(settled, unsettled[0][0], what)
+        channel.until(settled, lambda: unsettled[0][0], what)
 
 
 def _receive(what: str, tensor: Tensor, socket: MeshSocket, direct: bool) -> list[Tensor]:

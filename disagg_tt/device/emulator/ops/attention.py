@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 
 from disagg_tt.device.emulator.launch import launch
 from disagg_tt.device.emulator.numeric import round_on_device
+from disagg_tt.device.emulator.ops.attention_order import attend, attend_causally
 from disagg_tt.device.emulator.ops.pages import PAGE, as_pool, in_pages, need_pages
 from disagg_tt.device.emulator.ops.plan import emulated, leave_out, need, need_dtype, need_tile, placed
 from disagg_tt.device.emulator.spec import Spec, make_spec
@@ -154,20 +154,20 @@ def scaled_dot_product_attention(
     grid = on_device(op, *inputs).compute_with_storage_grid_size()
     spec = _sdpa_plan(q, k, v, mask, is_causal, program_config, memory_config, output_concat_heads, grid)
     group = q.shape[1] // k.shape[1]
+    factor = q.shape[3] ** -0.5 if scale is None else scale
 
     def compute(qd: torch.Tensor, kd: torch.Tensor, vd: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
         chips = max(x.shape[0] for x in (qd, kd, vd, *given))
-        qd, kd, vd = (x.expand(chips, *x.shape[1:]).flatten(0, 1) for x in (qd, kd, vd))
-        if group > 1:
-            kd, vd = (
-                x[:, :, None].expand(-1, -1, group, -1, -1).reshape(x.shape[0], qd.shape[1], *x.shape[2:])
-                for x in (kd, vd)
-            )
-        added = None
-        if given:
-            added = given[0].expand(chips, q.shape[0], *given[0].shape[2:]).flatten(0, 1)
-        out = F.scaled_dot_product_attention(qd, kd, vd, attn_mask=added, is_causal=is_causal, scale=scale)
-        out = round_on_device(out, spec.dtype).view(chips, *q.shape)
+        kd, vd = (x.expand(chips, *x.shape[1:]).reshape(-1, *x.shape[3:]) for x in (kd, vd))
+        qd = (qd.expand(chips, *qd.shape[1:]) * factor).reshape(-1, group, *q.shape[2:])
+        if is_causal:
+            out = attend_causally(qd, kd, vd)
+        elif mask is not None:
+            added = given[0].expand(chips, *q.shape[:2], *mask.shape[2:]).reshape(-1, group, *mask.shape[2:])
+            out = attend(qd, kd[:, None], vd[:, None], added)
+        else:
+            out = attend(qd.flatten(1, 2), kd, vd)
+        out = round_on_device(out.reshape(chips, *q.shape), spec.dtype)
         return out.transpose(2, 3).reshape(chips, *spec.shape) if output_concat_heads else out
 
     return launch(op, spec, compute, *inputs)
@@ -266,7 +266,9 @@ def chunked_scaled_dot_product_attention(
     start = chunk_start_idx if chunk_start_idx_tensor is None else chunk_start_idx_tensor.spec
     assert start is not None
     spec = _chunked_plan(q.spec, k.spec, v.spec, pages.spec, start, program_config, memory_config, grid)
-    group, tokens, block = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    group, block = q.shape[1] // k.shape[1], k.shape[2]
+    tokens, dim = q.shape[2:]
+    factor = dim**-0.5 if scale is None else scale
 
     def compute(qd: torch.Tensor, kd: torch.Tensor, vd: torch.Tensor, table: torch.Tensor,
                 *given: torch.Tensor) -> torch.Tensor:  # fmt: skip
@@ -277,16 +279,12 @@ def chunked_scaled_dot_product_attention(
         if length > pages.shape[1] * block or int(rows.min()) < 0 or int(rows.max()) >= keys.shape[2]:
             raise DeviceError(f"{op}: tokens {first}..{first + tokens - 1} lie outside the cache {k.spec!r}")
         chips = max(qd.shape[0], keys.shape[0])
-        gathered = (x[:, :, rows].flatten(3, 4).transpose(1, 2) for x in (keys, values))
-        kd, vd = (  # [chips * batch, heads, length, D]
-            x.expand(chips, *x.shape[1:])[:, :, :, None]
-            .expand(-1, -1, -1, group, -1, -1)
-            .reshape(-1, q.shape[1], length, q.shape[3])
-            for x in gathered
+        kd, vd = (  # [chips * kv_heads, length, D]
+            x[:, :, rows].flatten(3, 4).transpose(1, 2).expand(chips, -1, -1, -1, -1).reshape(-1, length, dim)
+            for x in (keys, values)
         )
-        seen = torch.arange(length) <= first + torch.arange(tokens)[:, None]
-        qd = qd.expand(chips, *qd.shape[1:]).flatten(0, 1)
-        out = F.scaled_dot_product_attention(qd, kd, vd, attn_mask=seen, scale=scale)
-        return round_on_device(out, spec.dtype).view(chips, *spec.shape)
+        qd = (qd.expand(chips, *qd.shape[1:]) * factor).reshape(-1, group, tokens, dim)
+        out = attend_causally(qd, kd[:, : first + tokens], vd[:, : first + tokens])
+        return round_on_device(out.reshape(chips, *spec.shape), spec.dtype)
 
     return launch(op, spec, compute, *inputs)

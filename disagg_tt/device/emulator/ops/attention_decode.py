@@ -10,6 +10,7 @@ import torch
 
 from disagg_tt.device.emulator.launch import launch
 from disagg_tt.device.emulator.numeric import round_on_device
+from disagg_tt.device.emulator.ops.attention_order import attend
 from disagg_tt.device.emulator.ops.pages import Addresses, addresses, as_pool, need_pages
 from disagg_tt.device.emulator.ops.plan import emulated, leave_out, need, need_dtype, need_tile, placed
 from disagg_tt.device.emulator.spec import Spec, make_spec
@@ -260,8 +261,4 @@ def _attend_decode(
 
 def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, place: Addresses) -> torch.Tensor:
     """Return [chips, kv_heads, users, group, dim] for q of that shape, over the tokens that `place` gathers."""
-    k, v = place.gather(keys), place.gather(values)  # [chips, kv_heads, users, length, dim]
-    scores = torch.matmul(q, k.transpose(-1, -2))
-    if place.mask is not None:
-        scores += place.mask
-    return torch.matmul(torch.softmax(scores, dim=-1), v)
+    return attend(q, place.gather(keys), place.gather(values), place.mask)

@@ -54,9 +54,6 @@ def _activation(op: str, given: Activation | None) -> Function | None:
 
 # ---------------------------------------------------------------- arithmetic
 
-# From how many rows, or weight elements a chip, on native bfloat16 beats float32 in spite of its higher cost a call.
-MANY, LARGE = 8, 1 << 20
-
 
 @lru_cache(maxsize=1)
 def _multiplies_bfloat16() -> bool:
@@ -84,12 +81,14 @@ def _by_columns(values: Values) -> torch.Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _native_from(a: Spec, b: Spec, spec: Spec) -> float:
-    """Return from how many rows on a product by the weight `b` is computed in bfloat16; infinity for never."""
+def _native(a: Spec, b: Spec, spec: Spec) -> bool:
+    """Return whether a product by the weight `b` is computed in bfloat16.
+
+    However few rows it has, though float32 is then faster: the two are summed in different orders, and a token's values
+    must not depend on how many others are computed beside it.
+    """
     exact = all(_exact_in_bfloat16(x) for x in (a, b))
-    if not exact or spec.dtype is not DataType.BFLOAT16 or not _multiplies_bfloat16():
-        return math.inf
-    return 0 if math.prod(b.shape) >= LARGE else MANY
+    return exact and spec.dtype is DataType.BFLOAT16 and _multiplies_bfloat16()
 
 
 def _multiply(a: Spec, b: Tensor, spec: Spec) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -97,12 +96,12 @@ def _multiply(a: Spec, b: Tensor, spec: Spec) -> Callable[[torch.Tensor, torch.T
 
     Its inputs are as they are held: float32 or bfloat16.
     """
-    native, values = _native_from(a, b.spec, spec), b._values
+    native, values = _native(a, b.spec, spec), b._values
 
     def compute(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         shape = x.shape
         rows = x.flatten(1, -2)
-        if rows.shape[1] >= native:
+        if native:
             result = torch.matmul(rows.to(torch.bfloat16), _by_columns(values)).to(torch.float32)
         else:
             if w.dtype is not torch.float32:
