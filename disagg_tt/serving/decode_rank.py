@@ -10,9 +10,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from loguru import logger
@@ -23,17 +21,15 @@ from disagg_tt.core import DECODE
 from disagg_tt.decode import Batch, Row
 from disagg_tt.device import ttnn
 from disagg_tt.errors import PeerError, StreamError
-from disagg_tt.kv_stream.base import KVReceiver
-from disagg_tt.kv_stream.control import Message as LinkMessage
 from disagg_tt.link import Link
 from disagg_tt.model.llama import Llama
-from disagg_tt.perf import transfer_times
 from disagg_tt.prefill import first_token
 from disagg_tt.run import Run
 from disagg_tt.serving.connection import Connection
+from disagg_tt.serving.inlet import Inlet
+from disagg_tt.serving.journey import Journey
 from disagg_tt.serving.protocol import (
     First,
-    Landed,
     Message,
     Open,
     Opened,
@@ -45,42 +41,6 @@ from disagg_tt.serving.protocol import (
 )
 from disagg_tt.serving.rank import CHUNK, Rank, as_message, sequence_of
 from disagg_tt.serving.scheduler import Chunk, Scheduler, Sequence, State
-
-
-@dataclass
-class _Inlet:
-    """A link from a prefill rank, and the chunk that comes over it. `pending`: layers told of, and the chunk's end."""
-
-    peer: str
-    link: Link
-    receiver: KVReceiver
-    offset: float  # the prefill rank's clock minus this one's, s
-    pending: deque[LinkMessage] = field(default_factory=deque)
-    sequence: Sequence | None = None
-    tokens: int = 0
-    sent: list[float] = field(default_factory=list)  # when each layer was, s of this rank's clock
-
-    @property
-    def layers(self) -> int:
-        return sum(message["kind"] == "layer" for message in self.pending)
-
-
-@dataclass
-class _Journey:
-    """What is known of a request besides its sequence: when it came, and what its transfer cost so far (ms, bytes).
-
-    prefill: the start and end of the prefill rank's work, layers: each layer's sending and arrival, s of this rank's clock.
-    """
-
-    number: int
-    came_at: float
-    started_at: float = 0.0
-    tokens: int = 0
-    bytes: int = 0
-    hidden_ms: float = 0.0
-    exposed_ms: float = 0.0
-    prefill: tuple[float, float] = (0.0, 0.0)
-    layers: list[tuple[float, float]] = field(default_factory=list)
 
 
 class DecodeRank(Rank):
@@ -103,15 +63,15 @@ class DecodeRank(Rank):
         super().__init__(model, cache, run, hub, scheduler)
         self._prefix_caching = prefix_caching
         self.batch = Batch(model, cache, run.options.enable_trace)
-        self._inlets: dict[str, _Inlet] = {}
-        self._journeys: dict[Sequence, _Journey] = {}
+        self._inlets: dict[str, Inlet] = {}
+        self._journeys: dict[Sequence, Journey] = {}
         self._doomed: set[Sequence] = set()  # cancelled while a chunk of theirs comes in: freed at its end
         self._landing: list[Sequence] = []  # whose handover ends with the next step
 
     def add_link(self, peer: str, link: Link, offset: float) -> None:
         """Let `peer` stream prompts here."""
         receiver = link.receiver(self.run, self.cache, CHUNK)
-        self._inlets[peer] = _Inlet(peer, link, receiver, offset)
+        self._inlets[peer] = Inlet(peer, link, receiver, offset)
 
     def warm_up(self) -> None:
         super().warm_up()
@@ -125,7 +85,7 @@ class DecodeRank(Rank):
             most = float("inf") if self._prefix_caching else 0
             sequence = sequence_of(wanted, wanted.max_new_tokens, most)
             if self.queue(sequence, wanted.number):
-                self._journeys[sequence] = _Journey(wanted.number, time.monotonic())
+                self._journeys[sequence] = Journey(wanted.number, time.monotonic())
                 self._admit()
         elif isinstance(message, Prefill):
             found = self.scheduler.get(str(message.number))
@@ -186,39 +146,19 @@ class DecodeRank(Rank):
             self.add_link(peer, link, offset)
         for inlet in list(self._inlets.values()):
             try:
-                self._take_link(inlet)
+                if not inlet.poll(self._announced):
+                    logger.debug("{} ends", inlet.peer)
+                    self._drop_inlet(inlet)
             except (PeerError, StreamError) as error:
                 self._lose_link(inlet, error)
 
-    def _take_link(self, inlet: _Inlet) -> None:
-        """Take the messages up to a chunk's end: what follows that on the channel is the stream's own."""
-        while not (inlet.pending and inlet.pending[-1]["kind"] == "sent"):
-            message = inlet.link.control.poll()
-            if message is None:
-                return
-            if message["kind"] == "announce":
-                self._accept(inlet, message["request"], message["tokens"])
-            elif message["kind"] in ("layer", "sent"):
-                if inlet.sequence is None or message["request"] != self._journeys[inlet.sequence].number:
-                    raise StreamError(
-                        f"{inlet.peer} sends a {message['kind']!r} of request {message['request']} unannounced"
-                    )
-                inlet.pending.append(message)
-            elif message["kind"] == "bye":
-                logger.debug("{} ends", inlet.peer)
-                self._drop_inlet(inlet)
-                return
-            elif message["kind"] != "busy":
-                raise StreamError(f"{inlet.peer} sends a {message['kind']!r} message, which it may not")
-
-    def _accept(self, inlet: _Inlet, number: int, tokens: int) -> None:
-        if inlet.sequence is not None:
-            raise StreamError(f"{inlet.peer} announces request {number} while another is streaming")
+    def _announced(self, inlet: Inlet, number: int, tokens: int) -> None:
+        """Let a chunk come that continues a prompt which is waited for."""
         sequence = self.scheduler.get(str(number))
         if sequence is not None:
             self._receive(sequence)
         if sequence is None or sequence.state is not State.RECEIVING or self.stopping:
-            inlet.link.control.send("refused", request=number, reason="it was cancelled, or never asked for")
+            inlet.refuse(number)
             return
         left = sequence.prompt_tokens - sequence.computed
         if not 0 < tokens <= min(left, CHUNK) or (tokens < left and tokens % BLOCK):
@@ -227,48 +167,37 @@ class DecodeRank(Rank):
             )
         first = sequence.computed // BLOCK
         blocks = sequence.blocks[first : first + -(-tokens // BLOCK)]
-        inlet.sequence, inlet.tokens, inlet.sent = sequence, tokens, []
-        inlet.receiver.accept(number, tokens, self.cache.table_row(blocks))
+        inlet.accept(sequence, number, tokens, self.cache.table_row(blocks))
 
     def _take_layers(self, most: int) -> None:
         """Put up to `most` arrived layers, and every chunk whose last one they are, into the cache."""
         for inlet in list(self._inlets.values()):
             try:
-                while inlet.pending and (most > 0 or inlet.pending[0]["kind"] == "sent"):
-                    message = inlet.pending.popleft()
-                    if message["kind"] == "sent":
-                        self._end_chunk(inlet, message)
+                while inlet.pending and (most > 0 or inlet.ended):
+                    if inlet.ended:
+                        self._end_chunk(inlet)
                     else:
-                        inlet.sent.append(message["at"] - inlet.offset)
-                        inlet.receiver.receive_layer(message["layer"])
+                        inlet.take_layer()
                         most -= 1
             except (PeerError, StreamError) as error:
                 self._lose_link(inlet, error)
 
-    def _end_chunk(self, inlet: _Inlet, message: LinkMessage) -> None:
-        sequence, tokens = inlet.sequence, inlet.tokens
+    def _end_chunk(self, inlet: Inlet) -> None:
+        sequence = inlet.sequence
         assert sequence is not None
         journey = self._journeys[sequence]
         with self.run.watchdog.guard(f"K and V of request {journey.number} to arrive"):
-            metadata = inlet.receiver.finish()
-        inlet.sequence = None
+            arrived = inlet.end()
         if sequence in self._doomed:
             self._free(sequence)
             return
-        began, computed = message["started_at"] - inlet.offset, message["computed_at"] - inlet.offset
-        journey.prefill = (journey.prefill[0] or began, computed)
-        journey.layers += zip(inlet.sent, inlet.receiver.arrived_at, strict=True)
-        times = transfer_times(inlet.sent[0], inlet.receiver.arrived_at[-1], computed)
-        journey.hidden_ms += times["hidden_ms"]
-        journey.exposed_ms += times["exposed_ms"]
-        journey.tokens += tokens
-        journey.bytes += inlet.receiver.bytes_received
-        self.scheduler.received(sequence, tokens)
+        journey.add(arrived)
+        self.scheduler.received(sequence, arrived.tokens)
         if sequence.computed == sequence.prompt_tokens:
             self._landing.append(sequence)
-            self._start(sequence, metadata.next_token)
+            self._start(sequence, arrived.next_token)
 
-    def _lose_link(self, inlet: _Inlet, error: Exception) -> None:
+    def _lose_link(self, inlet: Inlet, error: Exception) -> None:
         """End a link, and with it the requests that were coming over it; of ranks of one job, whose socket is broken, all."""
         if inlet.link.ranks:
             raise error
@@ -280,11 +209,10 @@ class DecodeRank(Rank):
             if not doomed:
                 self.fail(number, error, again=True)
 
-    def _drop_inlet(self, inlet: _Inlet) -> None:
-        """Forget a link; those of a job's ranks are closed with the job."""
+    def _drop_inlet(self, inlet: Inlet) -> None:
+        """Forget a link."""
         self._inlets.pop(inlet.peer, None)
-        if not inlet.link.ranks:
-            inlet.link.close()
+        inlet.close()
 
     def settle(self) -> None:
         self._take_while(lambda inlet: inlet.sequence is not None)
@@ -294,7 +222,7 @@ class DecodeRank(Rank):
         super().leave()
         self._take_while(lambda inlet: inlet.link.ranks or inlet.sequence is not None)
 
-    def _take_while(self, coming: Callable[[_Inlet], bool]) -> None:
+    def _take_while(self, coming: Callable[[Inlet], bool]) -> None:
         """Take what comes over the links until it is `coming` over none; raises PeerError when that takes too long."""
         until = time.monotonic() + self.run.options.deadline_s
         while any(map(coming, self._inlets.values())):
@@ -365,7 +293,7 @@ class DecodeRank(Rank):
         position = sequence.prompt_tokens
         if self.scheduler.start(sequence, token) is not None:
             if sequence in self._landing:
-                self._land(sequence)
+                self.hub.send(self._journeys[sequence].landed())
             self._forget(sequence)
             return
         sampling, logprobs = sequence.sampling
@@ -375,7 +303,7 @@ class DecodeRank(Rank):
         """Decode one token of every row, and tell the hub; a handover ends when the step begins."""
         started = time.monotonic()
         for sequence in self._landing:
-            self._land(sequence)
+            self.hub.send(self._journeys[sequence].landed())
         self._landing.clear()
         with self.run.watchdog.guard("a decode step"):
             chosen = self.batch.step()
@@ -394,22 +322,6 @@ class DecodeRank(Rank):
                 self._forget(sequence)
         self.hub.send(Tokens(items=items, step_ms=taken * 1e3))
 
-    def _land(self, sequence: Sequence) -> None:
-        journey = self._journeys[sequence]
-        began, computed = journey.prefill
-        self.hub.send(
-            Landed(
-                number=journey.number,
-                tokens=journey.tokens,
-                bytes=journey.bytes,
-                hidden_ms=journey.hidden_ms,
-                exposed_ms=journey.exposed_ms,
-                prefill_ms=max(0.0, (computed - began) * 1e3),
-                layers=[((sent - began) * 1e3, (at - began) * 1e3) for sent, at in journey.layers[:4096]],
-                handover_ms=max(0.0, (time.monotonic() - computed) * 1e3),
-            )
-        )
-
     def doing(self) -> str:
         parts = {
             "decode": bool(self.batch.rows),
@@ -422,5 +334,4 @@ class DecodeRank(Rank):
         """Release the trace, and the links of workers that were started by hand."""
         self.batch.close()
         for inlet in self._inlets.values():
-            if not inlet.link.ranks:
-                inlet.link.close()
+            inlet.close()
