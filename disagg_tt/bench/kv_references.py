@@ -88,7 +88,7 @@ class BareNixlEnd(End):
         from disagg_tt.kv_stream.nixl import new_agent
 
         super().__init__(sends, load)
-        self._agent = new_agent("prefill" if sends else "decode")
+        self._agent = new_agent("prefill" if sends else "decode", one_host=True)
         regions = [(m.data_ptr(), m.numel(), 0, "") for m in self.memory]
         self._registered = self._agent.register_memory(regions, "DRAM")
         theirs = exchange([self._agent.get_agent_metadata().hex(), [r[:3] for r in regions]])

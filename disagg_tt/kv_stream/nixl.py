@@ -24,21 +24,28 @@ from disagg_tt.kv_stream.frame import Header, Kind, encode_descriptors, parse_de
 from disagg_tt.kv_stream.host_wire import expect, tell
 from disagg_tt.kv_stream.layout import Extents, Layout, coalesce
 from disagg_tt.kv_stream.tcp import TcpChannel, TcpReceiver, TcpSender
+from disagg_tt.transfer_config import is_loopback
 
 LEASE_S = 30.0
 BUSY_S = 0.002  # of polling without a pause
 MOST_TRANSFERS = 1024  # prepared at a time
 
 
-def new_agent(role: str) -> Any:
-    """Return a NIXL agent with a name of its own; raises InputError where NIXL is not installed."""
+def new_agent(role: str, *, one_host: bool) -> Any:
+    """Return a NIXL agent with a name of its own; raises InputError where NIXL is not installed.
+
+    On `one_host` the reader's own calls move the bytes, and NIXL's thread, which never rests, would take a core from that;
+    over a network without RDMA the sender's thread serves the reads.
+    """
     try:
         from nixl._api import nixl_agent, nixl_agent_config
     except ImportError as error:
         raise InputError(f"the nixl wire needs NIXL ({error}): pip install 'disagg_tt[nixl]'") from None
     if "NIXL_LOG_LEVEL" not in os.environ:  # it logs to stdout, where results go
         logging.getLogger("nixl").setLevel(logging.WARNING)
-    return nixl_agent(f"{role}-{secrets.token_hex(8)}", nixl_agent_config(backends=["UCX"]))
+    return nixl_agent(
+        f"{role}-{secrets.token_hex(8)}", nixl_agent_config(enable_prog_thread=not one_host, backends=["UCX"])
+    )
 
 
 def _poll(ready: Callable[[], bool], deadline: float) -> bool:
@@ -57,8 +64,8 @@ def _poll(ready: Callable[[], bool], deadline: float) -> bool:
 class _Memory:
     """An agent and the memory registered with it, once a session."""
 
-    def __init__(self, role: str):
-        self.agent = new_agent(role)
+    def __init__(self, role: str, host: str):
+        self.agent = new_agent(role, one_host=is_loopback(host))
         self._registered: Any = None
 
     def register(self, memory: Sequence[torch.Tensor]) -> None:
@@ -94,7 +101,7 @@ class NixlSender(TcpSender):
         verify: bool = True,
     ):  # fmt: skip
         super().__init__(host, port, token=token, deadline_s=deadline_s, verify=verify)
-        self.memory = _Memory("prefill")
+        self.memory = _Memory("prefill", host)
         self.expired_leases = 0
         self._lease_s = lease_s
         self._leases: dict[int, float] = {}  # of each layer not read yet: when it ends
@@ -172,7 +179,7 @@ class NixlReceiver(TcpReceiver):
         verify: bool = True,
     ):
         super().__init__(host, port, token=token, deadline_s=deadline_s, verify=verify)
-        self.memory = _Memory("decode")
+        self.memory = _Memory("decode", host)
         self._remote = ""
         self._transfers: dict[bytes, Any] = {}  # by the two ends' descriptors: a ring of buffers repeats them
 
