@@ -36,6 +36,9 @@ class TorchChannel(Channel):
         self._who = "prefill" if rank else "decode"
         limit = timedelta(seconds=deadline_s)
         self._staging = torch.empty(0, dtype=torch.uint8, device=self.device)
+        self._next: tuple[torch.Tensor, Any] | None = (
+            None  # the next frame's header, asked for before it is due
+        )
         with meeting(hosts, deadline_s):
             self._store: Any = store()
             if backend == "nccl":
@@ -66,13 +69,24 @@ class TorchChannel(Channel):
         return [self._group.send([part.to(self.device)], self._peer, FRAME) for part in parts]
 
     def get(self, what: str) -> tuple[Header, bytes]:
-        header = parse_header(self._bytes(HEADER_BYTES, what))
+        values, work = self._next or self._ask(HEADER_BYTES)
+        self._next = None
+        header = parse_header(self._bytes(values, work, what))
         small = header.kind is not Kind.LAYER and header.length
-        return header, self._bytes(header.length, what) if small else b""
+        payload = self._bytes(*self._ask(header.length), what) if small else b""
+        if (
+            self.device.type == "cpu"
+        ):  # gloo sends what is asked for; nccl knows no tags, and would write a layer there
+            self._next = self._ask(HEADER_BYTES)
+        return header, payload
 
-    def _bytes(self, size: int, what: str) -> bytes:
+    def _ask(self, size: int) -> tuple[torch.Tensor, Any]:
+        """Start receiving so many bytes of a frame."""
         values = torch.empty(size, dtype=torch.uint8, device=self.device)
-        self.wait(self._group.recv([values], self._peer, FRAME), what)
+        return values, self._group.recv([values], self._peer, FRAME)
+
+    def _bytes(self, values: torch.Tensor, work: Any, what: str) -> bytes:
+        self.wait(work, what)
         return values.cpu().numpy().tobytes()
 
     def stages(self, pieces: Extents) -> bool:
@@ -121,7 +135,7 @@ class TorchChannel(Channel):
     def close(self) -> None:
         if self.device.type == "cuda" and self._group is not None:
             self._group.abort()  # else its watchdog takes the process down when the other end has gone
-        self._group = self._store = None
+        self._group = self._store = self._next = None
         self._staging = torch.empty(0, dtype=torch.uint8)
 
 
