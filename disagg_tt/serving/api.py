@@ -100,9 +100,10 @@ class _Model(BaseModel):
 
 
 class StreamOptions(_Model):
-    """include_usage: a last chunk says what the request used."""
+    """include_usage: a last chunk says what the request used; with continuous_usage_stats every chunk does, so far."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: Literal[False] = False
 
 
@@ -150,6 +151,14 @@ class _Request(_Model):
     @property
     def usage_in_stream(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def usage_in_chunks(self) -> bool:
+        return (
+            self.usage_in_stream
+            and self.stream_options is not None
+            and self.stream_options.continuous_usage_stats
+        )
 
 
 class CompletionRequest(_Request):

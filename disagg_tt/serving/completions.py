@@ -179,7 +179,9 @@ class Completions:
         """The events of a stream; [DONE] only after a whole answer."""
 
         def events(pieces: list[Piece]) -> bytes:
-            return b"".join(_event(chunk) for piece in pieces for chunk in shape.chunks(piece))
+            return b"".join(
+                _event(chunk) for piece in pieces for chunk in shape.chunks(piece, answers.answers)
+            )
 
         try:
             yield events(first)

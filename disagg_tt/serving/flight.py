@@ -46,6 +46,8 @@ class Flight:
         self._number = -1
         self._out: list[int] = []
         self._began = time.monotonic()
+        self._arrived = wanted.arrived_at or self._began
+        self._landed: tuple[float, TransferState] | None = None
         self._phase = "waiting"
         self._decode = self._prefill_rank = ""
         self._tokens = self._run()
@@ -170,8 +172,12 @@ class Flight:
 
     def _finish(self) -> None:
         """The answer is whole."""
-        self._phase = "done"
-        self._frontend.router.finished(self._id, self._answer_tokens, time.monotonic())
+        self._phase, now = "done", time.monotonic()
+        front, arrived = self._frontend, self._arrived
+        front.router.finished(self._id, self._answer_tokens, now)
+        front.traced.add(
+            self._number, self._wanted.id, self.account, len(self._out), arrived, now, self._landed
+        )
 
     @property
     def _answer_tokens(self) -> list[int]:
@@ -201,7 +207,7 @@ class Flight:
         account.cached_tokens = prompt - first.computed
         account.transferred_tokens = prompt - cached if account.route == "pd" else 0
         account.computed_tokens = 0 if account.route == "pd" else first.computed
-        arrived = self._wanted.arrived_at or self._began
+        arrived = self._arrived
         parts = {
             "tokenize": (self._began - arrived) * 1e3,
             "restart": (self._asked_at - self._began) * 1e3,
@@ -238,7 +244,8 @@ class Flight:
             handover_ms=landed.handover_ms,
         )
         began = time.monotonic() - (landed.prefill_ms + landed.handover_ms) / 1e3
-        self._frontend.transfers.append((began, shown))
+        self._landed = began, shown
+        self._frontend.transfers.append(self._landed)
 
     async def _event(self, kind: type[Message] | None, limit_s: float) -> Any:
         """Return the next event, which must be a `kind`; raises LostError, or what a worker says is wrong."""

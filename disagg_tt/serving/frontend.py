@@ -16,6 +16,7 @@ from disagg_tt.serving.hub import Hub, Worker
 from disagg_tt.serving.protocol import Message, Tokens
 from disagg_tt.serving.ranks import Worker as RoutedWorker
 from disagg_tt.serving.router import Router
+from disagg_tt.serving.trace import Trace
 
 SHOWN_TRANSFERS = 8
 
@@ -30,6 +31,7 @@ class Frontend:
         self.numbers = itertools.count(1)
         self.joined = asyncio.Event()  # set anew whenever a worker joins
         self.transfers: deque[tuple[float, TransferState]] = deque(maxlen=SHOWN_TRANSFERS)
+        self.traced = Trace()
         self.roles_seen: set[str] = set()
         self._stopping = False
         hub.on_message, hub.on_join, hub.on_lost = self._on_message, self._on_join, self._on_lost
@@ -108,6 +110,10 @@ class Frontend:
             requests=[flight.shown(now) for flight in self.flights.values()],
             transfers=transfers,
         )
+
+    def trace(self) -> dict[str, Any]:
+        """Return the last requests as a timeline (trace.py)."""
+        return self.traced.events()
 
     def conversations(self) -> list[dict[str, Any]]:
         """Return what the router knows of conversations, the last used first."""

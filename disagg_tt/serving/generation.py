@@ -163,6 +163,10 @@ class Backend(Protocol):
         """Return what the page shows: workers, what is in flight, slots and blocks in use, the last transfers."""
         ...
 
+    def trace(self) -> dict[str, Any]:
+        """Return the last requests as a timeline in Chrome's trace format: each one's time budget, transfer and decoding."""
+        ...
+
     def conversations(self) -> list[dict[str, Any]]:
         """Return what the router knows of conversations: id, turns, tokens, decode worker, last use."""
         ...

@@ -106,6 +106,10 @@ def create_app(backend: Backend, tokenizer: Tokenizer, served: Served) -> FastAP
     async def state() -> dict[str, Any]:
         return {**backend.state()}
 
+    @app.get("/trace")
+    async def trace() -> dict[str, Any]:
+        return backend.trace()
+
     for path, file in PAGE.items():
         app.add_route(path, _page(file), methods=["GET"])
     return app

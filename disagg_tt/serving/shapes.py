@@ -25,14 +25,12 @@ class Shape:
         self._request, self._tokenizer = request, tokenizer
         self._created = int(time.time())
 
-    def chunks(self, piece: Piece) -> list[Json]:
-        """What a stream says of one piece."""
-        return [
-            self._object(
-                self.chunk_kind, [choice], **({"usage": None} if self._request.usage_in_stream else {})
-            )
-            for choice in self._choices_of_chunk(piece)
-        ]
+    def chunks(self, piece: Piece, answers: Sequence[Answer]) -> list[Json]:
+        """What a stream says of one piece, and, where it was asked for, what all answers used so far."""
+        rest: Json = {}
+        if self._request.usage_in_stream:
+            rest = {"usage": self._usage(answers) if self._request.usage_in_chunks else None}
+        return [self._object(self.chunk_kind, [choice], **rest) for choice in self._choices_of_chunk(piece)]
 
     def last_chunk(self, answers: Sequence[Answer]) -> list[Json]:
         """The usage, where it was asked for."""

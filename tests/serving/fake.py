@@ -158,6 +158,9 @@ class FakeBackend:
             ],
         }
 
+    def trace(self) -> dict[str, Any]:
+        return {"traceEvents": []}
+
     def conversations(self) -> list[dict[str, Any]]:
         return [{"id": "c1", "turns": 2}]
 

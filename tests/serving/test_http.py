@@ -347,7 +347,7 @@ def test_the_api_key_guards_all_but_health_and_the_page(backend, tokenizer):
             (await client.request(method, path)).status_code
             for method, path in (
                 ("GET", "/metrics"), ("GET", "/state"), ("GET", "/mode"), ("POST", "/mode/pd"), ("GET", "/v1/models"),
-                ("POST", "/v1/completions"), ("GET", "/conversations"), ("POST", "/conversations/clear"), ("GET", "/x"),
+                ("POST", "/v1/completions"), ("GET", "/conversations"), ("POST", "/conversations/clear"), ("GET", "/trace"), ("GET", "/x"),
             )
         ]  # fmt: skip
         key = {"Authorization": "Bearer s3crét".encode()}
@@ -376,6 +376,7 @@ def test_modes_conversations_state_and_health(backend, tokenizer):
         assert (await client.get("/conversations")).json() == {"conversations": backend.conversations()}
         assert (await client.post("/conversations/clear")).json() == {"cleared": 1}
         assert (await client.get("/state")).json() == backend.state()
+        assert (await client.get("/trace")).json() == backend.trace()
         for backend.status, status in (("ok", 200), ("degraded", 200), ("unavailable", 503)):
             response = await client.get("/health")
             assert (response.status_code, response.json()["status"]) == (status, backend.status)

@@ -74,6 +74,21 @@ def test_chat_streamed(backend, tokenizer):
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+def test_usage_in_every_chunk(backend, tokenizer):
+    async def use(client):
+        stream = await client.completions.create(
+            model=MODEL, prompt="Hello", stream=True, stream_options={"include_usage": True},
+            extra_body={"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+        )  # fmt: skip
+        return await drain(stream)
+
+    chunks = with_client(backend, tokenizer, use)
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == sorted(counts) and counts[0] >= 1
+    assert counts[-1] == counts[-2] == backend.streams[0].played > counts[0]
+    assert {chunk.usage.prompt_tokens for chunk in chunks} == {len(tokenizer.encode("Hello"))}
+
+
 def test_the_synchronous_client(backend, tokenizer):
     def talk(address):
         with openai.OpenAI(base_url=f"http://{address[0]}:{address[1]}/v1", api_key="x") as client:

@@ -79,6 +79,21 @@ def test_token_by_token_with_log_probabilities(server, mode, one_mesh, tokenizer
         assert len(top) == 3 and sum(2.72**value for value in top.values()) <= 1.01
 
 
+def test_the_trace_has_each_requests_time_budget_and_transfer(server, mode):
+    response = server.http.post(
+        "/v1/completions", json={"model": MODEL, "prompt": f"{mode} 1 2 3 4 5 6", "max_tokens": 4}
+    )
+    events = server.get("/trace")["traceEvents"]
+    spans = [e for e in events if e["ph"] == "X" and e["pid"] == 0]
+    mine = [e for e in spans if e["tid"] == spans[-1]["tid"]]
+    budget = dict(part.split("=") for part in response.headers["x-time-budget"].split(","))
+    assert [e["name"] for e in mine] == [*budget, "decode"]
+    assert [round(e["dur"] / 1e3, 3) for e in mine[:-1]] == [max(float(ms), 0) for ms in budget.values()]
+    assert mine[0]["args"]["route"] == response.headers["x-route"]
+    sent = [e for e in events if e["ph"] == "X" and e["pid"] == 1 and e["tid"] == mine[0]["tid"]]
+    assert len(sent) == (4 if response.headers["x-route"] == "pd" else 0)  # the checkpoint's layers
+
+
 def test_several_choices_of_one_prompt(server, mode):
     options = {"temperature": 1.5, "max_tokens": 6, "extra_body": {"ignore_eos": True}}
     together, _, usage = ask(server, TEXTS[0], n=3, seed=11, **options)
