@@ -27,7 +27,7 @@ from disagg_tt.config import LlamaConfig
 from disagg_tt.core import TILE, Request, whole_tiles
 from disagg_tt.device import ttnn
 from disagg_tt.errors import RefusedError, StreamError
-from disagg_tt.kv_stream.control import START_UP_S, Control, Message, expect
+from disagg_tt.kv_stream.control import START_UP_S, Control, Message, expect, look_for
 
 Guard = Callable[[str], AbstractContextManager[Any]]
 
@@ -152,13 +152,17 @@ class KVSender(ABC):
     def send_layer(self, layer: int, k: Any, v: Any) -> None:
         """Enqueue sending layer `layer`'s K and V. The tensors are kept alive as long as needed.
 
-        The first layer waits for the receiver: raises PeerError when it does not answer in time, died or failed, and
-        RefusedError when it wants the request no more, after which another may be announced.
+        The first layer waits for the receiver, unless that may take until the end (RemoteSender.patience_s): raises
+        PeerError when it does not answer in time, died or failed, and RefusedError when it wants the request no more, after
+        which another may be announced.
         """
 
     @abstractmethod
     def finish(self, metadata: Metadata, times: PrefillTimes) -> None:
-        """Send the metadata and wait until all of the stream has left; `times` are for the receiver's measurements."""
+        """Send the metadata and wait until all of the stream has left; `times` are for the receiver's measurements.
+
+        Raises as `send_layer` where the receiver was not waited for before.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -170,6 +174,9 @@ class RemoteSender(KVSender):
 
     A layer is told of when it is computed, not when it is enqueued: a receive that waits on the device would hold up the
     decode steps behind it. So the host runs at most one layer ahead of the device. `done` holds answers that came while it waited for a slot.
+
+    A receiver that is busy with decode steps takes layers only between two of them, and each layer that waits for that
+    holds up the prefill. With `patience_s` the first layer waits so long for it, s; then the layers are kept until all are computed.
     """
 
     def __init__(self, control: Control, layers: int, deadline_s: float):
@@ -178,6 +185,8 @@ class RemoteSender(KVSender):
         # the decode rank may still be compiling at the first request
         self._limit_s = max(START_UP_S, deadline_s)
         self.done: list[Message] = []
+        self.patience_s: float | None = None
+        self._kept: list[tuple[int, Any, Any]] = []  # layers that leave at the end
         self.guard: Guard = (
             nullcontext  # entered around each wait for the device, which has no deadline of its own
         )
@@ -186,21 +195,45 @@ class RemoteSender(KVSender):
 
     def announce(self, request: Request) -> None:
         self.bytes_sent = 0
+        self._kept.clear()
         self.stream.begin(request.id)
         self._control.send(
             "announce", request=request.id, tokens=len(request.tokens), max_new_tokens=request.max_new_tokens
         )
 
-    def _wait_until_ready(self) -> None:
-        """Wait until the receiver has reserved its cache, once a stream."""
+    def _leaves_now(self, layer: int, k: Any, v: Any) -> bool:
+        """Return whether a layer may be sent as it is computed; else it is kept."""
+        if self.stream.state is State.WAITING and not self._kept:
+            self._wait_until_ready(self.patience_s)
         if self.stream.state is not State.WAITING:
-            return
+            self.stream.layer(layer)
+            return True
+        self._kept.append((layer, k, v))
+        return False
+
+    def _wait_for_kept(self) -> bool:
+        """Wait for the receiver if layers were kept because it was not ready; return whether they were."""
+        if self.stream.state is not State.WAITING or not self._kept:
+            return False
+        self._wait_until_ready()
+        for layer, _, _ in self._kept:
+            self.stream.layer(layer)
+        return True
+
+    def _wait_until_ready(self, patience_s: float | None = None) -> None:
+        """Wait until the receiver has reserved its cache, once a stream; `patience_s`: or for so long."""
         what = f"request {self.stream.request}: a slot on the decode rank"
         try:
-            ready = expect(self._control, "ready", self._limit_s, what, aside=self.done)
+            if patience_s is None:
+                ready: Message | None = expect(self._control, "ready", self._limit_s, what, aside=self.done)
+            else:
+                ready = look_for(self._control, "ready", patience_s, what, aside=self.done)
         except RefusedError:
             self.stream.state = State.DONE
+            self._kept.clear()
             raise
+        if ready is None:
+            return
         self._limit_s = self._deadline_s
         if ready["request"] != self.stream.request:
             self.stream.fail(

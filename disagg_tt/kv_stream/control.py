@@ -279,11 +279,27 @@ def expect(
     """
     while True:
         message = control.receive(timeout_s, what)
-        if message["kind"] == kind:
+        if _is(message, kind, what, aside):
             return message
-        if message["kind"] == "done" and aside is not None:
-            aside.append(message)
-        elif message["kind"] == "refused":
-            raise RefusedError(f"{what}: {message['reason']}")
-        elif message["kind"] != "busy":
-            raise StreamError(f"{what}: a {message['kind']!r} message came where {kind!r} is due")
+
+
+def look_for(
+    control: Control, kind: str, wait_s: float, what: str, aside: list[Message] | None = None
+) -> Message | None:
+    """Return the next message as `expect` does, None when nothing comes within `wait_s` seconds."""
+    while (message := control.poll(wait_s)) is not None:
+        if _is(message, kind, what, aside):
+            return message
+    return None
+
+
+def _is(message: Message, kind: str, what: str, aside: list[Message] | None) -> bool:
+    if message["kind"] == kind:
+        return True
+    if message["kind"] == "done" and aside is not None:
+        aside.append(message)
+    elif message["kind"] == "refused":
+        raise RefusedError(f"{what}: {message['reason']}")
+    elif message["kind"] != "busy":
+        raise StreamError(f"{what}: a {message['kind']!r} message came where {kind!r} is due")
+    return False

@@ -67,12 +67,12 @@ class MeshSocketSender(RemoteSender):
         self._mesh, self._socket, self._overlap = mesh, socket, overlap
         self._send = ttnn.experimental.send_direct_async if direct else ttnn.experimental.send_async
         self._chips = mesh.get_num_devices()
-        self._kept: list[tuple[int, Any, Any]] = []
+        self._sent: list[tuple[Any, Any]] = []
         self._counted = 0  # of the emulator's bytes, those of earlier requests
 
     def send_layer(self, layer: int, k: Any, v: Any) -> None:
-        self._wait_until_ready()
-        self.stream.layer(layer)
+        if not self._leaves_now(layer, k, v):
+            return
         if self._overlap == "after":
             self._kept.append((layer, k, v))
         elif self._overlap == "inline":
@@ -80,7 +80,7 @@ class MeshSocketSender(RemoteSender):
         else:
             self._enqueue(layer, k, v, SEND_QUEUE)
             # their memory may be reused only when the other queue has sent them
-            self._kept.append((layer, k, v))
+            self._sent.append((k, v))
 
     def _enqueue(self, layer: int, k: Any, v: Any, queue: int = 0) -> None:
         computed = ttnn.record_event(self._mesh, 0)
@@ -98,10 +98,10 @@ class MeshSocketSender(RemoteSender):
         self.bytes_sent += tensor_bytes(tensor, self._chips)
 
     def finish(self, metadata: Metadata, times: PrefillTimes) -> None:
+        self._wait_for_kept()
         self.stream.ending()
-        if self._overlap == "after":
-            for kept in self._kept:
-                self._enqueue(*kept)
+        for kept in self._kept:
+            self._enqueue(*kept)
         self._tell_of_layers()
         tile = to_device(self._mesh, metadata.tile(), ttnn.uint32, ttnn.TILE_LAYOUT)
         if self._overlap == "queue":
@@ -113,10 +113,12 @@ class MeshSocketSender(RemoteSender):
         if total is not None:
             self.bytes_sent, self._counted = total - self._counted, total
         self._kept.clear()
+        self._sent.clear()
         self.stream.end()
 
     def close(self) -> None:
         self._kept.clear()
+        self._sent.clear()
 
 
 def written(socket: Any) -> int | None:

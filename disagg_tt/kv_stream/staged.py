@@ -99,7 +99,6 @@ class StagedSender(RemoteSender):
         self._layers = _Layers(mesh, config, dtype, tokens, SEND_DEPTH)
         wire.register([self._layers.memory])
         self._plan: Plan | None = None
-        self._kept: list[tuple[int, Any, Any]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"{wire.name}-sender")
         self._going: deque[Future[None]] = deque()
         self._failed = False
@@ -109,10 +108,10 @@ class StagedSender(RemoteSender):
         self._plan = self._layers.plan(request.id, len(request.tokens))
 
     def send_layer(self, layer: int, k: Any, v: Any) -> None:
-        if self.stream.state is State.WAITING:
-            self._wait_until_ready()
+        if not self._leaves_now(layer, k, v):
+            return
+        if layer == 0:
             self._submit(self._wire.begin, self._plan)
-        self.stream.layer(layer)
         if self._overlap == "after":
             self._kept.append((layer, k, v))
         else:
@@ -140,6 +139,8 @@ class StagedSender(RemoteSender):
         self.bytes_sent += self._plan.layer_bytes
 
     def finish(self, metadata: Metadata, times: PrefillTimes) -> None:
+        if self._wait_for_kept():
+            self._submit(self._wire.begin, self._plan)
         self.stream.ending()
         for kept in self._kept:
             self._copy(*kept)

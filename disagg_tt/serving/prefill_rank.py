@@ -42,6 +42,9 @@ class _Job:
     started_at: float = 0.0
 
 
+PATIENCE_S = 5e-3  # an idle decode rank has answered by then
+
+
 class PrefillRank(Rank):
     """One prefill rank, with a link to each decode rank."""
 
@@ -60,7 +63,9 @@ class PrefillRank(Rank):
 
     def add_link(self, peer: str, link: Link) -> None:
         """Let prompts be streamed to `peer`."""
-        self._links[peer] = (link, link.sender(self.run, CHUNK))
+        sender = link.sender(self.run, CHUNK)
+        sender.patience_s = PATIENCE_S
+        self._links[peer] = (link, sender)
 
     @property
     def busy(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from disagg_tt.device import ttnn
 from disagg_tt.device.emulator.channel import REPLICATED, LocalChannel
 from disagg_tt.device.emulator.numeric import pack
 from disagg_tt.device.mesh import close_mesh, open_two
-from disagg_tt.errors import DeviceError, StreamError
+from disagg_tt.errors import DeviceError, RefusedError, StreamError
 from disagg_tt.kv_stream.base import Metadata, PrefillTimes, State
 from disagg_tt.kv_stream.control import LocalControl, Message
 from disagg_tt.kv_stream.mesh_socket import MeshSocketReceiver, MeshSocketSender, socket_config
@@ -45,6 +46,7 @@ class Stream:
         self.receiver = MeshSocketReceiver(there, ends[1], theirs, CONFIG, self.cache, direct=taken)
         self.metadata: list[Metadata] = []
         theirs.handler = self.handle
+        self.control = theirs
 
     def handle(self, message: Message) -> None:
         if message["kind"] == "announce":
@@ -63,14 +65,17 @@ class Stream:
             values, dtype=self.dtype, layout=ttnn.TILE_LAYOUT, device=self.mesh, mesh_mapper=mapper
         )
 
-    def send(self, tokens: int, request: int = 0) -> list[tuple[Any, Any]]:
-        """Stream a request of so many tokens; return its layers as the sender's tensors."""
+    def send(
+        self, tokens: int, request: int = 0, computed: Callable[[], None] = lambda: None
+    ) -> list[tuple[Any, Any]]:
+        """Stream a request of so many tokens, `computed` called before its end; return its layers as the sender's tensors."""
         self.sender.announce(Request(request, (1,) * tokens, 8))
         layers = []
         for number in range(CONFIG.num_hidden_layers):
             k, v = (self.layer(tokens, 10 * number + half)[1] for half in range(2))
             self.sender.send_layer(number, k, v)
             layers.append((k, v))
+        computed()
         self.sender.finish(Metadata(request, tokens, 35308, CONFIG.num_hidden_layers), TIMES)
         return layers
 
@@ -119,6 +124,59 @@ def test_bytes_are_counted_by_request(written):
             stream.sender.bytes_sent == stream.receiver.bytes_received == expected_bytes(tokens, "bfloat8_b")
         )
     assert sum(written) == sum(expected_bytes(tokens, "bfloat8_b") for tokens in (100, 20, 33))
+    close_mesh(stream.parent)
+
+
+class LateStream(Stream):
+    """Its receiver is busy when a request is announced; the sender does not wait for it."""
+
+    def __init__(self, **settings: Any):
+        super().__init__("bfloat8_b", **settings)
+        self.sender.patience_s = 0.0
+        self.announced: list[Message] = []
+
+    def handle(self, message: Message) -> None:
+        if message["kind"] == "announce":
+            self.announced.append(message)
+        else:
+            super().handle(message)
+
+    def take(self) -> None:
+        super().handle(self.announced.pop())
+
+
+@pytest.mark.parametrize("overlap", ["inline", "queue", "after"])
+def test_layers_are_kept_while_the_receiver_is_busy_and_all_land_at_the_end(overlap, written):
+    stream = LateStream(overlap=overlap)
+    for request in range(2):
+        seen = []
+
+        def computed(seen=seen):
+            seen.append(sum(written))
+            stream.take()
+
+        sent = stream.send(70, request, computed)
+        assert seen == [request * expected_bytes(70, "bfloat8_b")]  # nothing of it had left
+        assert stream.metadata[request] == Metadata(request, 70, 35308, CONFIG.num_hidden_layers)
+        for layer, pools in zip(sent, stream.cache.layers, strict=True):
+            for tensor, pool in zip(layer, pools, strict=True):
+                assert torch.equal(whole(pool)[PAGES + 2], whole(tensor)[0, :, 64:96])
+    assert sum(written) == 2 * expected_bytes(70, "bfloat8_b")
+    close_mesh(stream.parent)
+
+
+def test_layers_that_were_kept_for_a_receiver_that_wants_them_no_more_are_dropped(written):
+    stream = LateStream()
+
+    def refuse():
+        assert stream.control.send("refused", request=0, reason="its client left") is None
+
+    with pytest.raises(RefusedError, match="its client left"):
+        stream.send(70, 0, refuse)
+    assert written == [] and stream.sender.stream.state is State.DONE
+    stream.announced.clear()
+    stream.send(33, 1, stream.take)
+    assert sum(written) == expected_bytes(33, "bfloat8_b")
     close_mesh(stream.parent)
 
 
