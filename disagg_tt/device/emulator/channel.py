@@ -9,8 +9,6 @@ from __future__ import annotations
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -27,7 +25,6 @@ _HEAD = struct.Struct(
     "<QIIQ"
 )  # number, flags, bytes of the description, 1 + where the slab of values begins or 0
 _FAILURE_BYTES = 4096
-LARGE = 1 << 20  # bytes of all chips' shards, which are copied by two threads from there on
 
 Head = tuple[int, int, bytes]
 Rooms = Sequence[torch.Tensor]
@@ -177,12 +174,6 @@ class LocalPair:
         self.failure = ""
 
 
-@lru_cache(maxsize=1)
-def _copier() -> ThreadPoolExecutor:
-    """Return the thread that copies half of the chips' shards, where they are large: chips send at the same time."""
-    return ThreadPoolExecutor(1, thread_name_prefix="shards")
-
-
 class RingChannel(_Paired):
     """The other end is another rank of this host; heads and small values go through a ring in shared memory, others in slabs.
 
@@ -251,12 +242,7 @@ class RingChannel(_Paired):
         size = form.itemsize * shards.numel() if form.is_floating_point else 0
         slab = self._slabs.take(size) if size >= UNIT else None
         if slab is not None:
-            room = self._slabs.at(slab, shards.shape, form)
-            half = shards.shape[0] // 2 if size >= LARGE else 0
-            others = _copier().submit(room[:half].copy_, shards[:half]) if half else None
-            room[half:].copy_(shards[half:])
-            if others is not None:
-                others.result()
+            self._slabs.at(slab, shards.shape, form).copy_(shards)
         return slab
 
     def read_head(self, number: int, what: Callable[[], str]) -> Head:
