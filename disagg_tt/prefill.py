@@ -65,6 +65,7 @@ class Prefill:
         with self._guard(f"the first token of request {request.id}"):  # behind the sends of its layers
             token = first_token(self.model, logits, len(request.tokens), self.sampling).token
         computed = time.monotonic()
+        started += self.sender.waited_s  # for a slot, behind the first layer's first products
         on_first_token(token)
         self.timeline.add("prefill", started, computed, request=request.id, tokens=len(request.tokens))
         metadata = Metadata(request.id, len(request.tokens), token, self.model.config.num_hidden_layers)

@@ -138,11 +138,15 @@ class _Stream:
 
 
 class KVSender(ABC):
-    """The prefill side of a stream. `bytes_sent` counts what the transport wrote for the request in hand."""
+    """The prefill side of a stream.
+
+    Of the request in hand `bytes_sent` counts what the transport wrote, `waited_s` how long the prefill waited for a slot.
+    """
 
     def __init__(self, layers: int):
         self.stream = _Stream(layers)
         self.bytes_sent = 0
+        self.waited_s = 0.0
 
     @abstractmethod
     def announce(self, request: Request) -> None:
@@ -194,7 +198,7 @@ class RemoteSender(KVSender):
         self._untold: deque[tuple[int, Any]] = deque()
 
     def announce(self, request: Request) -> None:
-        self.bytes_sent = 0
+        self.bytes_sent, self.waited_s = 0, 0.0
         self._kept.clear()
         self.stream.begin(request.id)
         self._control.send(
@@ -222,7 +226,7 @@ class RemoteSender(KVSender):
 
     def _wait_until_ready(self, patience_s: float | None = None) -> None:
         """Wait until the receiver has reserved its cache, once a stream; `patience_s`: or for so long."""
-        what = f"request {self.stream.request}: a slot on the decode rank"
+        what, began = f"request {self.stream.request}: a slot on the decode rank", time.monotonic()
         try:
             if patience_s is None:
                 ready: Message | None = expect(self._control, "ready", self._limit_s, what, aside=self.done)
@@ -232,6 +236,8 @@ class RemoteSender(KVSender):
             self.stream.state = State.DONE
             self._kept.clear()
             raise
+        finally:
+            self.waited_s += time.monotonic() - began
         if ready is None:
             return
         self._limit_s = self._deadline_s
