@@ -13,8 +13,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import CHECKPOINT, ROOT, cli, run
+from runs import CHECKPOINT, ROOT, Result, cli, run
 from support import random_checkpoint, small_tokenizer, tiny_config
+
+from disagg_tt.__main__ import main
+
+Capture = pytest.CaptureFixture[str]
 
 BINDING = ROOT / "rank_bindings" / "n300x2_1p1d.yaml"
 MPIRUN = [str(Path(sys.executable).with_name("mpirun")), "--oversubscribe"]
@@ -50,6 +54,22 @@ def test_words_that_are_no_command_line(words):
     assert "usage: disagg-tt" in result.err
     assert "error: " in result.err
     assert "Traceback" not in result.err
+
+
+TWO_RANKS = (
+    "none",
+    "truncated",
+    "too long",
+)  # which two ranks find; the rest is the same code in this process
+
+
+def check_refused(name: str, message: str, capsys: Capture, *flags: str) -> None:
+    if name in TWO_RANKS:
+        result = cli("generate", *flags)
+    else:
+        code = main(["generate", "--single-mesh", *flags])
+        result = Result(code, *capsys.readouterr(), [])
+    result.refused(message)
 
 
 def copied(folder: Path) -> Path:
@@ -94,9 +114,9 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_checkpoint_that_does_not_do(name, tmp_path):
+def test_a_checkpoint_that_does_not_do(name, tmp_path, capsys):
     make, message = MODELS[name]
-    cli("generate", "--model", str(make(tmp_path))).refused(message)
+    check_refused(name, message, capsys, "--model", str(make(tmp_path)))
 
 
 PROMPTS = {
@@ -115,9 +135,9 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_a_prompt_that_does_not_do(name):
+def test_a_prompt_that_does_not_do(name, capsys):
     flags, message = PROMPTS[name]
-    cli("generate", *flags).refused(message)
+    check_refused(name, message, capsys, *flags)
 
 
 def test_heads_that_do_not_divide_by_the_mesh(tmp_path):

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import CHECKPOINT, prompts_file, run, seeded
+from runs import CHECKPOINT, here, prompts_file, run, seeded
+from save_caches import save_to
+
+from disagg_tt.decode import Decode
 
 LENGTHS = (1, 31, 32, 33, 100, 1000)
 
@@ -24,13 +27,31 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def saved(folder: Path, launcher: list[str], *flags: str) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """The caches of a run's requests, by request."""
-    folder.mkdir()
-    script = [sys.executable, str(Path(__file__).with_name("save_caches.py")), str(folder), "generate"]
-    result = run([*launcher, *script, *flags])
-    assert result.code == 0, result.err
+Caches = list[list[tuple[torch.Tensor, torch.Tensor]]]  # by request and layer
+
+
+def loaded(folder: Path) -> Caches:
     return [torch.load(folder / f"{number}.pt") for number in range(len(LENGTHS))]
+
+
+def of_two_ranks(folder: Path, digits: list[str], model: Path, kv_dtype: str) -> Caches:
+    mpirun = [str(Path(sys.executable).with_name("mpirun")), "--oversubscribe", "-n", "2"]
+    script = [sys.executable, str(Path(__file__).with_name("save_caches.py")), str(folder), "generate"]
+    flags = ["--raw", "--prompts-file", prompts_file(folder, digits), "--model", str(model)]
+    result = run([*mpirun, *script, *flags, "--kv-dtype", kv_dtype, "--max-new-tokens", "2", "--json"])
+    assert result.code == 0, result.err
+    return loaded(folder)
+
+
+def of_one_mesh(folder: Path, digits: list[str], model: Path, kv_dtype: str) -> Caches:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decode, "start", Decode.start)  # put back at the end
+        save_to(folder)
+        here(
+            prompts=(*digits,), chat=False, model=str(model), kv_dtype=kv_dtype, max_new_tokens=2,
+            single_mesh=True,
+        )  # fmt: skip
+    return loaded(folder)
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:
@@ -42,11 +63,10 @@ def bits(values: torch.Tensor) -> torch.Tensor:
 def test_two_ranks_fill_the_cache_as_one_mesh_does(kv_dtype, model, tmp_path):
     rng = seeded(3)
     digits = ["".join(rng.choices("0123456789", k=length)) for length in LENGTHS]
-    flags = ["--raw", "--prompts-file", prompts_file(tmp_path, digits), "--model", str(model)]
-    flags += ["--kv-dtype", kv_dtype, "--max-new-tokens", "2", "--json"]
-    mpirun = [str(Path(sys.executable).with_name("mpirun")), "--oversubscribe", "-n", "2"]
-    two = saved(tmp_path / "two", mpirun, *flags)
-    one = saved(tmp_path / "one", [], *flags, "--single-mesh")
+    for name in ("two", "one"):
+        (tmp_path / name).mkdir()
+    two = of_two_ranks(tmp_path / "two", digits, model, kv_dtype)
+    one = of_one_mesh(tmp_path / "one", digits, model, kv_dtype)
     for length, ours, theirs in zip(LENGTHS, two, one, strict=True):
         assert len(ours) == len(theirs) == 4
         for layer, (mine, expected) in enumerate(zip(ours, theirs, strict=True)):

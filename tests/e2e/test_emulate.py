@@ -89,7 +89,6 @@ def test_a_module_runs_as_python_m_runs_it(tmp_path):
 @pytest.mark.parametrize(
     ("text", "code", "error"),
     [
-        ("raise SystemExit(3)", 3, ""),
         ("import sys\nsys.exit('a reason')", 1, "a reason\n"),
         ("import atexit\natexit.register(print, 'cleaned up')\nraise SystemExit(4)", 4, ""),
         (
@@ -179,14 +178,10 @@ def test_a_binding_inside_a_job_is_refused():
 # ---------------------------------------------------------------- ranks
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_the_pipeline_of_any_number_of_ranks_agrees_with_torch(tmp_path, ranks):
-    path = str(PAIR) if ranks == 2 else binding(tmp_path, ranks, 1)
-    done = cli("emulate", "--rank-binding", path, str(PIPELINE))
+def test_the_pipeline_of_three_ranks_agrees_with_torch(tmp_path):
+    done = cli("emulate", "--rank-binding", binding(tmp_path, 3, 2), str(PIPELINE))
     assert (done.code, done.left) == (0, []), done.err
-    assert len(re.findall(rf"^batch \d: {ranks} stages, largest error 0\.0[01]", done.out, re.M)) == 4, (
-        done.out
-    )
+    assert len(re.findall(r"^batch \d: 3 stages, largest error 0\.0[01]", done.out, re.M)) == 4, done.out
 
 
 @pytest.mark.parametrize("starter", ["mpirun", "tt-run"])
@@ -201,7 +196,7 @@ def test_a_job_that_another_launcher_started_is_joined(starter, tmp_path):
     command = [str(tool), *options[starter], sys.executable, "-m", "disagg_tt", "emulate", str(PIPELINE)]
     done = run(command, PATH=f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
     assert (done.code, done.left) == (0, []), done.err
-    assert done.out.count("2 stages") == 4
+    assert len(re.findall(r"^batch \d: 2 stages, largest error 0\.0[01]", done.out, re.M)) == 4, done.out
 
 
 ENVIRONMENT = """
@@ -214,9 +209,9 @@ print("to stderr", file=sys.stderr)
 
 
 def test_each_rank_has_tt_runs_environment_and_its_meshs_chips(tmp_path):
-    path = binding(tmp_path, 3, 4, env_overrides={"STAGE": "first"})
+    path = binding(tmp_path, 2, 4, env_overrides={"STAGE": "first"})
     done = cli("emulate", "--rank-binding", path, script(tmp_path, ENVIRONMENT), FROM_OUTSIDE="out")
-    assert (done.code, done.left, done.err) == (0, [], "to stderr\n" * 3)
+    assert (done.code, done.left, done.err) == (0, [], "to stderr\n" * 2)
     seen = sorted((yaml.safe_load(line) for line in done.out.splitlines()), key=lambda e: e["TT_RUN_RANK"])
     for rank, environ in enumerate(seen):
         assert environ == {
@@ -255,11 +250,6 @@ RANK = "import os, signal, sys, time, ttnn\nrank = int(os.environ['OMPI_COMM_WOR
 WAITS = "if rank == 0:\n    time.sleep(100)\n"
 ENDS = {
     "exit": ("sys.exit(3)", 3, "rank 1 ended with exit code 3"),
-    "raise": (
-        "raise ttnn.nosuch",
-        1,
-        "does not have ttnn.nosuch(.*\n)*disagg-tt: rank 1 ended with exit code 1",
-    ),
     "kill": ("os.kill(os.getpid(), signal.SIGKILL)", 128 + signal.SIGKILL, "rank 1 died of SIGKILL"),
 }
 

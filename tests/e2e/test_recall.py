@@ -30,19 +30,18 @@ TOKENIZER = Counting()
 
 
 def held_out(chat: bool, seed: int) -> list[Case]:
-    """The fox (raw), three capitals in wordings never seen, and facts told far back in the prompt."""
+    """The fox (raw), capitals in wordings never seen, and facts told far back in the prompt."""
     rng = seeded(seed)
     recall = chat_recall_case if chat else recall_case
     cases = [] if chat else fox_cases(rng, [4, 500, 1500], TOKENIZER)
     for length in (0, 500):
-        cases += rng.sample(capital_cases(rng, "chat" if chat else "raw", length, TOKENIZER), 3)
+        cases += rng.sample(capital_cases(rng, "chat" if chat else "raw", length, TOKENIZER), 2)
     for kind in ("name", "colour", "code"):
-        cases += [recall(rng, kind, length, TOKENIZER) for length in (500, 500, 1500)]
+        cases += [recall(rng, kind, length, TOKENIZER) for length in (500, 1500)]
     return cases
 
 
-@pytest.mark.parametrize("form", ["raw", "chat"])
-@pytest.mark.parametrize("kv_dtype", ["bfloat8_b", "bfloat16"])
+@pytest.mark.parametrize(("kv_dtype", "form"), [("bfloat8_b", "raw"), ("bfloat16", "chat")])
 def test_two_ranks_recall_what_the_prompt_said(kv_dtype, form, tmp_path):
     cases = held_out(form == "chat", seed=5)
     flags = [f"--{form}", "--kv-dtype", kv_dtype, "--max-new-tokens", "40"]
@@ -62,7 +61,7 @@ def page_of(case: Case) -> int:
     return len(TOKENIZER.encode(before)) // TILE
 
 
-def code_cases(count: int = 4, seed: int = 11) -> list[Case]:
+def code_cases(count: int = 3, seed: int = 11) -> list[Case]:
     """Prompts of 20 codes in 500 tokens, whose code asked for is told once and not on the last two, partly filled pages."""
     rng, cases = seeded(seed), []
     while len(cases) < count:

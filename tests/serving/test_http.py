@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import socket
 
 import httpx
@@ -255,10 +256,14 @@ def test_what_comes_while_a_client_reads_slowly_goes_out_in_one_write_and_is_bou
     assert bodies[1].count(b"data: ") > 10
 
 
-def test_idle_and_half_sent_connections_hinder_nobody_and_are_cut_off(backend, tokenizer):
+def test_thousands_of_idle_and_half_sent_connections_hinder_nobody_and_are_cut_off(backend, tokenizer):
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    connections = min(3000, (hard - 200) // 2)  # both ends are in this process
+
     async def main():
-        async with live(backend, tokenizer, Patience(headers=2.0, idle=2.0, closing=0.5)) as address:
-            idle = [await asyncio.open_connection(*address) for _ in range(400)]
+        async with live(backend, tokenizer, Patience(headers=4.0, idle=4.0, closing=0.5)) as address:
+            idle = [await asyncio.open_connection(*address) for _ in range(connections)]
             for _, writer in idle[::2]:
                 writer.write(b"POST /v1/completions HTTP/1.1\r\nHos")
             async with httpx.AsyncClient(base_url="http://{}:{}".format(*address)) as client:
