@@ -196,7 +196,7 @@ def test_a_job_that_another_launcher_started_is_joined(starter, tmp_path):
     command = [str(tool), *options[starter], sys.executable, "-m", "disagg_tt", "emulate", str(PIPELINE)]
     done = run(command, PATH=f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
     assert (done.code, done.left) == (0, []), done.err
-    assert len(re.findall(r"^batch \d: 2 stages, largest error 0\.0[01]", done.out, re.M)) == 4, done.out
+    assert len(re.findall(r"batch \d: 2 stages, largest error 0\.0[01]", done.out)) == 4, done.out
 
 
 ENVIRONMENT = """
@@ -250,6 +250,11 @@ RANK = "import os, signal, sys, time, ttnn\nrank = int(os.environ['OMPI_COMM_WOR
 WAITS = "if rank == 0:\n    time.sleep(100)\n"
 ENDS = {
     "exit": ("sys.exit(3)", 3, "rank 1 ended with exit code 3"),
+    "raise": (
+        "raise ttnn.nosuch",
+        1,
+        "does not have ttnn.nosuch(.*\n)*disagg-tt: rank 1 ended with exit code 1",
+    ),
     "kill": ("os.kill(os.getpid(), signal.SIGKILL)", 128 + signal.SIGKILL, "rank 1 died of SIGKILL"),
 }
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(600)
 NEW = 8
 ROUNDS = 12  # of four questions at once, in which every pair of ranks must have its turn
 COUNTRIES = ["Peru", "France", "Japan", "Kenya"]
-BINDINGS = {"n300x3_2p1d": (2, 1), "n300x4_2p2d": (2, 2)}
+BINDINGS = {"n300x3_2p1d": (2, 1), "n300x3_1p2d": (1, 2), "n300x4_2p2d": (2, 2)}
 
 
 def prompt(country, number):
