@@ -38,7 +38,7 @@ def some_prompts(count: int = 8, longest: int = 800, chat: bool = False) -> tupl
     ],
 )
 def test_two_ranks_equal_one_mesh_however_k_and_v_leave(kv_dtype, batch, way, tmp_path):
-    texts = some_prompts()
+    texts = some_prompts(longest=1500)
     flags = ["--raw", "--ignore-eos", "--max-new-tokens", "12", "--kv-dtype", kv_dtype, "--batch", str(batch)]
     result = two_ranks(*flags, *way, "--prompts-file", prompts_file(tmp_path, texts))
     expected = here(
