@@ -36,9 +36,9 @@ class TorchChannel(Channel):
         self._who = "prefill" if rank else "decode"
         limit = timedelta(seconds=deadline_s)
         self._staging = torch.empty(0, dtype=torch.uint8, device=self.device)
-        self._next: tuple[torch.Tensor, Any] | None = (
-            None  # the next frame's header, asked for before it is due
-        )
+        # gloo sends what is asked for, so the next frame's header is asked for before it is due; nccl knows no tags, and would
+        # write a layer there
+        self._next: tuple[torch.Tensor, Any] | None = None
         with meeting(hosts, deadline_s):
             self._store: Any = store()
             if backend == "nccl":
@@ -74,9 +74,7 @@ class TorchChannel(Channel):
         header = parse_header(self._bytes(values, work, what))
         small = header.kind is not Kind.LAYER and header.length
         payload = self._bytes(*self._ask(header.length), what) if small else b""
-        if (
-            self.device.type == "cpu"
-        ):  # gloo sends what is asked for; nccl knows no tags, and would write a layer there
+        if self.device.type == "cpu":
             self._next = self._ask(HEADER_BYTES)
         return header, payload
 
