@@ -133,25 +133,30 @@ async def handover(clients: Mapping[str, Client], prompts: Prompts, effort: Effo
 
 
 async def bandwidth(clients: Mapping[str, Client], prompts: Prompts, effort: Effort) -> list[Row]:
-    """GB/s from a prompt's first layer to its last, its prefill between them, and each layer's way; reference `bench kv`."""
+    """GB/s of K and V through the endpoint beside `bench kv`: of layers on their way, and of a prompt with its prefill between.
+
+    A layer is on its way from when the prefill rank tells of it until the decode rank has it in its cache.
+    """
     client = clients[PAIR]
-    rates: dict[int, list[float]] = {tokens: [] for tokens in effort.prompts}
-    ways: dict[int, list[float]] = {tokens: [] for tokens in effort.prompts}
+    layers: dict[int, list[float]] = {tokens: [] for tokens in effort.prompts}
+    spans: dict[int, list[float]] = {tokens: [] for tokens in effort.prompts}
     await client.set_mode("pd")
     for _ in range(effort.repeats):
         for tokens in effort.prompts:
             found = await _transfer(client, prompts, tokens)
-            rates[tokens].append(found["bytes"] / (found["hidden_ms"] + found["exposed_ms"]) / 1e6)
-            ways[tokens].append(
-                statistics.median(span["arrived_ms"] - span["sent_ms"] for span in found["layers"])
-            )
+            under_way = sum(span["arrived_ms"] - span["sent_ms"] for span in found["layers"])
+            layers[tokens].append(found["bytes"] / under_way / 1e6)
+            spans[tokens].append(found["bytes"] / (found["hidden_ms"] + found["exposed_ms"]) / 1e6)
     await client.set_mode(effort.mode)
     rows = []
     for row in await asyncio.to_thread(_bench_kv, effort):
         tokens = row["tokens"]
-        rate, way = statistics.median(rates[tokens]), statistics.median(ways[tokens])
-        rows.append(Row("bandwidth", f"{tokens} tokens", rate, row["rate"] / 1e9, "GB/s"))
-        rows.append(Row("bandwidth", f"{tokens} tokens, a layer's way", way, row["layer_ms"], "ms"))
+        for name, rates, wire in (
+            ("layers on their way", layers, row["layer_rate"]),
+            ("first layer to last, prefill between", spans, row["rate"]),
+        ):
+            rate = statistics.median(rates[tokens])
+            rows.append(Row("bandwidth", f"{tokens} tokens, {name}", rate, wire / 1e9, "GB/s"))
     return rows
 
 

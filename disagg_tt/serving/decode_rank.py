@@ -85,7 +85,7 @@ class DecodeRank(Rank):
             most = float("inf") if self._prefix_caching else 0
             sequence = sequence_of(wanted, wanted.max_new_tokens, most)
             if self.queue(sequence, wanted.number):
-                self._journeys[sequence] = Journey(wanted.number, time.monotonic())
+                self._journeys[sequence] = Journey(wanted.number, wanted.id, time.monotonic())
                 self._admit()
         elif isinstance(message, Prefill):
             found = self.scheduler.get(str(message.number))
@@ -191,7 +191,7 @@ class DecodeRank(Rank):
         if sequence in self._doomed:
             self._free(sequence)
             return
-        journey.add(arrived)
+        journey.add(arrived, inlet.peer)
         self.scheduler.received(sequence, arrived.tokens)
         if sequence.computed == sequence.prompt_tokens:
             self._landing.append(sequence)
@@ -256,6 +256,10 @@ class DecodeRank(Rank):
             self._compute(step.chunk)
         if self.batch.rows:
             self._decode()
+        # After the step, which waited for the device anyway: nothing of a running request's pace is spent on it.
+        with self.run.watchdog.guard("K and V to arrive"):
+            for inlet in self._inlets.values():
+                inlet.note_arrivals()
 
     def _compute(self, chunk: Chunk) -> None:
         """Compute a piece of a prompt over its cached beginning; the last one gives the first token."""

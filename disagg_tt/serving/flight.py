@@ -20,7 +20,7 @@ from loguru import logger
 from disagg_tt.core import DECODE
 from disagg_tt.errors import DisaggError, OverloadError, PeerError
 from disagg_tt.serving import protocol
-from disagg_tt.serving.generation import Account, Generation, LayerSpan, NewToken, RequestState, TransferState
+from disagg_tt.serving.generation import Account, Generation, NewToken, RequestState
 from disagg_tt.serving.protocol import Cancel, Failed, First, Landed, Message, Prefill, Reserve, Reserved
 from disagg_tt.tokens import Logprob
 
@@ -47,7 +47,6 @@ class Flight:
         self._out: list[int] = []
         self._began = time.monotonic()
         self._arrived = wanted.arrived_at or self._began
-        self._landed: tuple[float, TransferState] | None = None
         self._phase = "waiting"
         self._decode = self._prefill_rank = ""
         self._tokens = self._run()
@@ -107,6 +106,7 @@ class Flight:
         self._number = next(front.numbers)
         self._message = protocol.Wanted(
             number=self._number,
+            id=w.id,
             tokens=[*w.tokens, *self._out],
             max_new_tokens=w.max_new_tokens - len(self._out),
             temperature=float(w.sampling.temperature),
@@ -162,7 +162,7 @@ class Flight:
                 finish = self._ended_by(first.token)
                 yield self._new(first.token, finish, first.logprob)
             elif isinstance(item, Landed):
-                self._note_landed(item)
+                self._phase = "decode"
             elif isinstance(item, protocol.Token):
                 early.append(item)
             while first is not None and early and finish is None:
@@ -175,9 +175,7 @@ class Flight:
         self._phase, now = "done", time.monotonic()
         front, arrived = self._frontend, self._arrived
         front.router.finished(self._id, self._answer_tokens, now)
-        front.traced.add(
-            self._number, self._wanted.id, self.account, len(self._out), arrived, now, self._landed
-        )
+        front.traced.add(self._number, self._wanted.id, self.account, len(self._out), arrived, now)
 
     @property
     def _answer_tokens(self) -> list[int]:
@@ -218,34 +216,6 @@ class Flight:
         }
         account.ttft_ms = (now - arrived) * 1e3
         account.budget_ms = {**parts, "control": account.ttft_ms - sum(parts.values())}
-
-    def _note_landed(self, landed: Landed) -> None:
-        self._phase = "decode"
-        account, router = self.account, self._frontend.router
-        account.transfer = {
-            "hidden_ms": landed.hidden_ms,
-            "exposed_ms": landed.exposed_ms,
-            "bytes": float(landed.bytes),
-            "handover_ms": landed.handover_ms,
-        }
-        router.transfer.observe(landed.tokens, landed.hidden_ms + landed.exposed_ms)
-        router.handover.observe(1, max(0.0, landed.handover_ms - landed.exposed_ms))
-        shown = TransferState(
-            request=self._wanted.id,
-            source=account.prefill_worker,
-            target=account.decode_worker,
-            age_ms=0.0,
-            prefill_ms=landed.prefill_ms,
-            layers=[LayerSpan(sent_ms=sent, arrived_ms=arrived) for sent, arrived in landed.layers],
-            tokens=landed.tokens,
-            bytes=landed.bytes,
-            hidden_ms=landed.hidden_ms,
-            exposed_ms=landed.exposed_ms,
-            handover_ms=landed.handover_ms,
-        )
-        began = time.monotonic() - (landed.prefill_ms + landed.handover_ms) / 1e3
-        self._landed = began, shown
-        self._frontend.transfers.append(self._landed)
 
     async def _event(self, kind: type[Message] | None, limit_s: float) -> Any:
         """Return the next event, which must be a `kind`; raises LostError, or what a worker says is wrong."""

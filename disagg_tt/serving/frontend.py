@@ -6,14 +6,15 @@ import asyncio
 import itertools
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from disagg_tt.core import DECODE, PREFILL
 from disagg_tt.errors import OverloadError
 from disagg_tt.serving.flight import Flight, LostError
-from disagg_tt.serving.generation import Generation, State, TransferState, WorkerState
+from disagg_tt.serving.generation import Generation, LayerSpan, State, TransferState, WorkerState
 from disagg_tt.serving.hub import Hub, Worker
-from disagg_tt.serving.protocol import Message, Tokens
+from disagg_tt.serving.protocol import Landed, Message, Tokens
 from disagg_tt.serving.ranks import Worker as RoutedWorker
 from disagg_tt.serving.router import Router
 from disagg_tt.serving.trace import Trace
@@ -31,6 +32,7 @@ class Frontend:
         self.numbers = itertools.count(1)
         self.joined = asyncio.Event()  # set anew whenever a worker joins
         self.transfers: deque[tuple[float, TransferState]] = deque(maxlen=SHOWN_TRANSFERS)
+        self.on_transfer: Callable[[TransferState], None] = lambda transfer: None
         self.traced = Trace()
         self.roles_seen: set[str] = set()
         self._stopping = False
@@ -62,6 +64,8 @@ class Frontend:
         return OverloadError("the server stops", retry_after_s=10.0, unavailable=True)
 
     def _on_message(self, name: str, message: Message) -> None:
+        if isinstance(message, Landed):
+            self._note_landed(name, message)
         if isinstance(message, Tokens):
             if worker := self.router.workers.get(name):
                 worker.step.observe(1, message.step_ms)
@@ -70,6 +74,28 @@ class Frontend:
                     flight.inbox.put_nowait(item)
         elif flight := self.flights.get(getattr(message, "number", -1)):
             flight.inbox.put_nowait(message)
+
+    def _note_landed(self, decode: str, landed: Landed) -> None:
+        """Account for a transfer. An answer of one token was whole, and its flight over, before."""
+        self.router.transfer.observe(landed.tokens, landed.hidden_ms + landed.exposed_ms)
+        self.router.handover.observe(1, max(0.0, landed.handover_ms - landed.exposed_ms))
+        transfer = TransferState(
+            request=landed.id,
+            source=landed.source,
+            target=decode,
+            age_ms=0.0,
+            prefill_ms=landed.prefill_ms,
+            layers=[LayerSpan(sent_ms=sent, arrived_ms=arrived) for sent, arrived in landed.layers],
+            tokens=landed.tokens,
+            bytes=landed.bytes,
+            hidden_ms=landed.hidden_ms,
+            exposed_ms=landed.exposed_ms,
+            handover_ms=landed.handover_ms,
+        )
+        began = time.monotonic() - (landed.prefill_ms + landed.handover_ms) / 1e3
+        self.transfers.append((began, transfer))
+        self.traced.add_transfer(landed.number, began, transfer)
+        self.on_transfer(transfer)
 
     def _on_join(self, worker: Worker) -> None:
         about = worker.about

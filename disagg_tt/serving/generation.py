@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 
@@ -46,8 +46,7 @@ class Account:
     its length: computed (this request's prefill), local_cache (found on the decode mesh), transferred (of those computed
     or cached on the prefill mesh, the ones that came over the wire are counted here and not as computed).
     budget_ms: parts of the time to the first token, in ms, by name ("queue" and "prefill" among them), in the order in
-    which they happened; they add up to ttft_ms; both known with the first token. transfer: "hidden_ms", "exposed_ms",
-    "bytes" and "handover_ms" (prefill's end to the decode rank's first step); empty where nothing travelled.
+    which they happened; they add up to ttft_ms; both known with the first token.
     """
 
     route: str = ""
@@ -61,7 +60,6 @@ class Account:
     restarts: int = 0
     ttft_ms: float = 0.0
     budget_ms: dict[str, float] = field(default_factory=dict)
-    transfer: dict[str, float] = field(default_factory=dict)
 
 
 class Stream(Protocol):
@@ -118,6 +116,7 @@ class TransferState(TypedDict):
     """One finished transfer. request: the generation's id. age_ms: since its prefill's start; prefill_ms: how long that took.
 
     layers: in order. tokens, bytes: what travelled. hidden_ms: transfer under the prefill; exposed_ms: after it.
+    handover_ms: from the prefill's end to the decode rank's first step.
     """
 
     request: str
@@ -150,6 +149,7 @@ class Backend(Protocol):
     """
 
     mode: str  # "pd", "ppd" or "auto"
+    on_transfer: Callable[[TransferState], None]  # called with each that has ended
 
     def generate(self, wanted: Generation) -> Stream:
         """Begin `wanted`; raises OverloadError at once when it cannot even wait."""

@@ -102,6 +102,11 @@ class Inlet:
         self._sent.append(message["at"] - self._offset)
         self._receiver.receive_layer(message["layer"])
 
+    def note_arrivals(self) -> None:
+        """Wait until the layers that were taken are in the cache, so that each one's time is its own and not the chunk's."""
+        while self._receiver.wait_for_layer():
+            pass
+
     def end(self) -> Arrived:
         """Wait for the last of the chunk whose layers have all been taken; the link is free for another then."""
         message = self._pending.popleft()

@@ -19,8 +19,10 @@ class Journey:
     """
 
     number: int
+    id: str
     came_at: float
     started_at: float = 0.0
+    source: str = ""
     tokens: int = 0
     bytes: int = 0
     hidden_ms: float = 0.0
@@ -28,8 +30,9 @@ class Journey:
     prefill: tuple[float, float] = (0.0, 0.0)
     layers: list[tuple[float, float]] = field(default_factory=list)
 
-    def add(self, arrived: Arrived) -> None:
-        """One more chunk has come."""
+    def add(self, arrived: Arrived, source: str) -> None:
+        """One more chunk has come, from the prefill worker `source`."""
+        self.source = source
         began, computed = arrived.prefill
         self.prefill = (self.prefill[0] or began, computed)
         self.layers += arrived.layers
@@ -43,6 +46,8 @@ class Journey:
         began, computed = self.prefill
         return Landed(
             number=self.number,
+            id=self.id,
+            source=self.source,
             tokens=self.tokens,
             bytes=self.bytes,
             hidden_ms=self.hidden_ms,

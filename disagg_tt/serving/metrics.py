@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from disagg_tt.serving.generation import Account, Backend
+from disagg_tt.serving.generation import Account, Backend, TransferState
 
 PREFIX = "disagg_tt:"
 LONG = (
@@ -43,6 +43,7 @@ class Metrics:
     def __init__(self, backend: Backend):
         self._registry = CollectorRegistry()
         self._registry.register(_Gauges(backend))
+        backend.on_transfer = self.transferred
         self._first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token.")
         self.inter_token_latency = self._histogram(
             "inter_token_latency_seconds", "Between two tokens.", SHORT
@@ -103,11 +104,13 @@ class Metrics:
             self._prompt_tokens.labels(source).inc(tokens)
         self._queries.inc(account.prompt_tokens)
         self._hits.inc(account.cached_tokens)
-        if account.transfer:
-            self._hidden.observe(account.transfer["hidden_ms"] / 1000)
-            self._exposed.observe(account.transfer["exposed_ms"] / 1000)
-            self._handover.observe(account.transfer["handover_ms"] / 1000)
-            self._bytes.inc(account.transfer["bytes"])
+
+    def transferred(self, transfer: TransferState) -> None:
+        """Count K and V that have come to a decode rank."""
+        self._hidden.observe(transfer["hidden_ms"] / 1000)
+        self._exposed.observe(transfer["exposed_ms"] / 1000)
+        self._handover.observe(transfer["handover_ms"] / 1000)
+        self._bytes.inc(transfer["bytes"])
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""

@@ -113,9 +113,10 @@ class Beat(Message):
 
 
 class Wanted(Message):
-    """A generation as a worker needs to know it."""
+    """A generation as a worker needs to know it. id: what clients and logs call it."""
 
     number: Number
+    id: Name
     tokens: list[Number] = Field(min_length=1)
     max_new_tokens: int = Field(ge=1, lt=2**24)
     temperature: float = Field(ge=0, allow_inf_nan=False)
@@ -166,15 +167,17 @@ class First(Message):
 
 
 class Landed(Message):
-    """A prompt's K and V are in the decode rank's cache, and its first decode step begins.
+    """A prompt's K and V are in the decode rank's cache, and its first decode step begins; its answer may be whole already.
 
-    tokens: those that came over the wire. prefill_ms, layers: the prefill's length, and when each layer of each chunk was
+    id: the generation's. source: the prefill worker, the last one if there were several. tokens: those that came over the wire. prefill_ms, layers: the prefill's length, and when each layer of each chunk was
     sent and had arrived, ms since the prefill's start. hidden_ms, exposed_ms: see perf.py. handover_ms: from the prefill's
     end to now.
     """
 
     kind: Literal["landed"] = "landed"
     number: Number
+    id: Name
+    source: Name
     tokens: Count
     bytes: Count
     prefill_ms: Milliseconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import chain
 from typing import Any
 
 from disagg_tt.serving.generation import Account, TransferState
@@ -17,6 +18,7 @@ class Trace:
 
     def __init__(self) -> None:
         self._requests: deque[list[dict[str, Any]]] = deque(maxlen=MOST_REQUESTS)
+        self._transfers: deque[list[dict[str, Any]]] = deque(maxlen=MOST_REQUESTS)
 
     def add(
         self,
@@ -26,12 +28,10 @@ class Trace:
         tokens: int,
         arrived_at: float,
         ended_at: float,
-        transfer: tuple[float, TransferState] | None,
     ) -> None:
         """Note a request that came at `arrived_at` and had all `tokens` at `ended_at`, s of time.monotonic().
 
-        `transfer`: when its prefill began, and what it was. The parts of the time budget follow one another and end with
-        the first token.
+        The parts of the time budget follow one another and end with the first token.
         """
         about = {"id": id, "route": account.route, "reason": account.reason, "prompt_tokens": account.prompt_tokens,
                  "cached_tokens": account.cached_tokens, "restarts": account.restarts}  # fmt: skip
@@ -42,20 +42,20 @@ class Trace:
         events.append(
             _span("decode", REQUESTS, number, at, ended_at * 1e3 - at / 1e3, {"new_tokens": tokens})
         )
-        if transfer is not None:
-            began, what = transfer
-            events.append(_name("thread_name", TRANSFERS, number, f"{what['source']} to {what['target']}"))
-            for layer, span in enumerate(what["layers"]):
-                ms = span["arrived_ms"] - span["sent_ms"]
-                events.append(
-                    _span(f"layer {layer}", TRANSFERS, number, (began * 1e3 + span["sent_ms"]) * 1e3, ms, {})
-                )
         self._requests.append(events)
+
+    def add_transfer(self, number: int, began: float, transfer: TransferState) -> None:
+        """Note the transfer of request `number`, whose prefill `began` then, s of time.monotonic()."""
+        events = [_name("thread_name", TRANSFERS, number, f"{transfer['source']} to {transfer['target']}")]
+        for layer, span in enumerate(transfer["layers"]):
+            at, ms = (began * 1e3 + span["sent_ms"]) * 1e3, span["arrived_ms"] - span["sent_ms"]
+            events.append(_span(f"layer {layer}", TRANSFERS, number, at, ms, {}))
+        self._transfers.append(events)
 
     def events(self) -> dict[str, Any]:
         """Return the whole trace."""
         processes = [_name("process_name", process, 0, name) for process, name in _NAMES.items()]
-        return {"traceEvents": [*processes, *(event for events in self._requests for event in events)]}
+        return {"traceEvents": [*processes, *chain(*self._requests, *self._transfers)]}
 
 
 def _name(kind: str, process: int, lane: int, name: str) -> dict[str, Any]:

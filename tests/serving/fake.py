@@ -10,7 +10,7 @@ from typing import Any
 from disagg_tt.model.checkpoint import find_checkpoint
 from disagg_tt.prompt import Tokenizer
 from disagg_tt.serving.completions import Served
-from disagg_tt.serving.generation import Account, Generation, Logprob, NewToken, State
+from disagg_tt.serving.generation import Account, Generation, Logprob, NewToken, State, TransferState
 from disagg_tt.serving.server import create_app
 from disagg_tt.serving.web import Patience, listen, serving
 
@@ -55,7 +55,6 @@ class FakeStream:
         self.account.transferred_tokens = prompt - prompt // 2
         self.account.budget_ms = {"queue": 1.25, "prefill": 10.5, "sample": 0.25}
         self.account.ttft_ms = 12.0
-        self.account.transfer = {"hidden_ms": 3.0, "exposed_ms": 1.0, "bytes": 4096, "handover_ms": 2.0}
 
     async def aclose(self) -> None:
         self.closed.set()
@@ -70,6 +69,7 @@ class FakeBackend:
         self.streams: list[FakeStream] = []
         self.began = asyncio.Event()
         self.refusal: Exception | None = None
+        self.on_transfer: Callable[[TransferState], None] = lambda transfer: None
         self.status = "ok"
         self._tokenizer = tokenizer
         self.script: Script = lambda wanted: self.says("The capital of Peru is Lima.", wanted)

@@ -396,6 +396,7 @@ def test_metrics_account_for_every_request(backend, tokenizer):
         await client.post("/v1/completions", json={**TEXT, "temperature": -1})
         backend.refusal = OverloadError("full", retry_after_s=1)
         await client.post("/v1/completions", json=TEXT)
+        backend.on_transfer(backend.state()["transfers"][0])
         return (await client.get("/metrics")).text
 
     lines = dict(line.rsplit(" ", 1) for line in asgi(backend, tokenizer, use).splitlines() if line[0] != "#")
@@ -407,10 +408,10 @@ def test_metrics_account_for_every_request(backend, tokenizer):
         "e2e_request_latency_seconds_count": 1,
         "request_queue_time_seconds_sum": 0.00125,
         "request_prefill_time_seconds_sum": 0.0105,
-        "kv_transfer_hidden_seconds_sum": 0.003,
-        "kv_transfer_exposed_seconds_sum": 0.001,
-        "kv_handover_seconds_sum": 0.002,
-        "kv_bytes_transferred_total": 4096,
+        "kv_transfer_hidden_seconds_sum": 0.018,
+        "kv_transfer_exposed_seconds_sum": 0.004,
+        "kv_handover_seconds_sum": 0.006,
+        "kv_bytes_transferred_total": 393216,
         'prompt_tokens_by_source_total{source="local_compute"}': 0,
         'prompt_tokens_by_source_total{source="local_cache_hit"}': prompt // 2,
         'prompt_tokens_by_source_total{source="external_kv_transfer"}': prompt - prompt // 2,

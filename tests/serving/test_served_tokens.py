@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 import verify_serving
-from deployment import MODEL
+from deployment import BOUND, MODEL
 from runs import here
 
 from disagg_tt.blocks import BLOCK
@@ -92,6 +93,46 @@ def test_the_trace_has_each_requests_time_budget_and_transfer(server, mode):
     assert mine[0]["args"]["route"] == response.headers["x-route"]
     sent = [e for e in events if e["ph"] == "X" and e["pid"] == 1 and e["tid"] == mine[0]["tid"]]
     assert len(sent) == (4 if response.headers["x-route"] == "pd" else 0)  # the checkpoint's layers
+
+
+def test_an_answer_of_one_token_accounts_for_its_transfer(server):
+    """Its answer is whole before its K and V have landed."""
+    server.mode("pd")
+    before = bytes_moved(server)
+    response = server.openai.completions.create(model=MODEL, prompt="one token: 1 2 3 4", max_tokens=1)
+    transfer = transfer_of(server, response)
+    assert transfer["tokens"] == response.usage.prompt_tokens
+    assert bytes_moved(server) - before == transfer["bytes"] > 0
+
+
+def transfer_of(server, response):
+    end = time.monotonic() + BOUND
+    while time.monotonic() < end:
+        for transfer in server.get("/state")["transfers"]:
+            if transfer["request"] == f"{response.id}-0":
+                return transfer
+        time.sleep(0.02)
+    raise AssertionError(f"the transfer of {response.id} is not shown")
+
+
+def bytes_moved(server):
+    lines = server.http.get("/metrics").text.splitlines()
+    return sum(
+        float(line.split()[1]) for line in lines if line.startswith("disagg_tt:kv_bytes_transferred_total")
+    )
+
+
+def test_layers_are_in_the_decode_ranks_cache_while_the_next_are_computed(server):
+    """Each layer's arrival is its own time, not that of the prompt. A busy machine may delay one prompt, not ten."""
+    server.mode("pd")
+    for number in range(10):
+        prompt = f"layers {number}: " + "word " * 200
+        response = server.openai.completions.create(model=MODEL, prompt=prompt, max_tokens=2)
+        layers = transfer_of(server, response)["layers"]
+        assert all(span["sent_ms"] < span["arrived_ms"] for span in layers)
+        if layers[0]["arrived_ms"] < layers[-1]["sent_ms"]:
+            return
+    pytest.fail(f"no layer arrived before the last was sent: {layers}")
 
 
 def test_several_choices_of_one_prompt(server, mode):
