@@ -33,13 +33,13 @@ def expected():
     return dict(zip(PROMPTS, answers, strict=True))
 
 
-def stream(server, prompt, came=None):
+def stream(server, prompt, came=None, new=NEW):
     """The text of a streamed answer; `came` is set at its first token."""
     text = ""
     for event in server.openai.completions.create(
         model=MODEL,
         prompt=prompt,
-        max_tokens=NEW,
+        max_tokens=new,
         temperature=0,
         stream=True,
         extra_body={"ignore_eos": True},
@@ -109,14 +109,14 @@ def test_a_rank_is_lost_and_streams_go_on_with_the_same_tokens(fragile, expected
 # ---------------------------------------------------------------- clients
 
 
-async def left_at(server, phase, prompt):
-    """Ask, and leave when the request is in `phase`."""
+async def left_at(server, phase, prompt, n):
+    """Ask for `n` answers, and leave when one of them is in `phase`; of several, when others decode already."""
+    phases = {phase, "decode"} if n > 1 else {phase}
     async with httpx.AsyncClient(base_url=server.url, timeout=BOUND) as client:
 
         async def ask():
-            async with client.stream(
-                "POST", "/v1/completions", json={**BODY, "prompt": prompt, "stream": True}
-            ) as r:
+            body = {**BODY, "prompt": prompt, "stream": True, "n": n}
+            async with client.stream("POST", "/v1/completions", json=body) as r:
                 async for _ in r.aiter_lines():
                     pass
 
@@ -125,24 +125,50 @@ async def left_at(server, phase, prompt):
         async def reached():
             while True:
                 state = (await client.get("/state")).json()
-                if any(request["phase"] == phase for request in state["requests"]):
+                if phases <= {request["phase"] for request in state["requests"]}:
                     return
-                assert not asked.done(), f"{phase} was not seen"
+                assert not asked.done(), f"{phases} were not seen"
 
         await reached()
         asked.cancel()
         await asyncio.gather(asked, return_exceptions=True)
 
 
+# More answers than the decode rank has slots: some wait, and it takes layers only between the steps of the others.
+MANY = 40
+LEFT = [
+    ("waiting", "pd", MANY),
+    ("prefill", "pd", 1),
+    ("transfer", "pd", MANY),
+    ("decode", "pd", 1),
+    ("waiting", "ppd", MANY),
+    ("prefill", "ppd", 1),
+    ("decode", "ppd", 1),
+]
+
+
+def left_prompt(phase, mode):
+    return f"{mode} {phase}. " + "word " * 300
+
+
+@pytest.fixture(scope="module")
+def left_answers():
+    """A single mesh's answers to the prompts whose first askers leave."""
+    prompts = tuple(left_prompt(phase, mode) for phase, mode, _ in LEFT)
+    answers = here(prompts=prompts, chat=False, single_mesh=True, max_new_tokens=20, ignore_eos=True)
+    return {case[:2]: answer.text for case, answer in zip(LEFT, answers, strict=True)}
+
+
 @pytest.mark.xdist_group("served")
-@pytest.mark.parametrize("mode", ["pd", "ppd"])
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_a_client_that_leaves_frees_everything(server, phase, mode):
+@pytest.mark.parametrize(("phase", "mode", "n"), LEFT, ids=[f"{phase}-{mode}" for phase, mode, _ in LEFT])
+def test_a_client_that_leaves_frees_everything_and_spoils_nothing(server, phase, mode, n, left_answers):
     server.mode(mode)
-    prompt = f"{mode} {phase}. " + "word " * 300
-    asyncio.run(left_at(server, phase, prompt))
+    prompt = left_prompt(phase, mode)
+    asyncio.run(left_at(server, phase, prompt, n))
     server.at_rest()
-    assert stream(server, prompt)[:20] == stream(server, prompt)[:20]
+    for _ in range(2):  # over the blocks that it left, and over those of the answer
+        text = stream(server, prompt, new=20)
+        assert text == left_answers[phase, mode]
     server.at_rest()
 
 
