@@ -73,6 +73,9 @@ def add_generate_flags(to: argparse.ArgumentParser) -> None:
     to.add_argument("--seed", type=int, default=Options.seed)
     to.add_argument("--stop", action="append", default=[], help="text that ends the answer; repeatable")
     to.add_argument("--ignore-eos", action="store_true", help="go on after the end of the text")
+    to.add_argument(
+        "--weight-cache", help="folder where weights are kept in the device's format, for the next start"
+    )
     to.add_argument("--batch", type=int, help="decode slots (default: one a prompt, at most 32)")
     to.add_argument("--transport", help=f"{', '.join(TRANSPORTS)} (default: {Options.transport})")
     to.add_argument(

@@ -47,14 +47,10 @@ def chain(tokens: Sequence[int]) -> list[bytes]:
 
 
 class BlockPool:
-    """The blocks 0 .. `blocks` - 1 of a mesh. ValueError for a call that breaks the rules above: a bug of the caller.
-
-    queries, hits: tokens that were looked for by `match`, and found. evictions: cached blocks given to others.
-    """
+    """The blocks 0 .. `blocks` - 1 of a mesh. ValueError for a call that breaks the rules above: a bug of the caller."""
 
     def __init__(self, blocks: int):
         self.blocks = blocks
-        self.queries = self.hits = self.evictions = 0
         self._free = list(reversed(range(blocks)))  # a stack
         self._holders = [0] * blocks
         self._hash_of: dict[int, bytes] = {}
@@ -91,8 +87,6 @@ class BlockPool:
         for block in found:
             self._holders[block] += 1
             self._idle.pop(block, None)
-        self.queries += len(hashes) * BLOCK
-        self.hits += len(found) * BLOCK
         return found
 
     def allocate(self, count: int) -> list[int] | None:
@@ -111,7 +105,6 @@ class BlockPool:
         else:
             block, _ = self._idle.popitem(last=False)
             del self._block_of[self._hash_of.pop(block)]
-            self.evictions += 1
         self._holders[block] = 1
         return block
 

@@ -230,7 +230,7 @@ class Options:
     """One run's choices; the command line's defaults are these. InputError where a value is not allowed.
 
     model: folder or hub name, None for the checkpoint in the package. max_seq_len: tokens a slot, None for as
-    many as needed. batch: decode slots, None for one a prompt. threads: torch threads a rank on the emulator.
+    many as needed. weight_cache: folder of weights in the device's format, None for none. batch: decode slots, None for one a prompt. threads: torch threads a rank on the emulator.
     deadline_s: seconds that any wait for the other rank may last. kv_transfer: this is one of two programs that were
     started separately; transport is then its connector.
     """
@@ -242,6 +242,7 @@ class Options:
     max_seq_len: int | None = None
     kv_dtype: str = "bfloat8_b"
     weight_dtype: str | None = None
+    weight_cache: str | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -286,6 +287,8 @@ class Options:
         ):
             if choice not in allowed:
                 raise InputError(f"{name} is {choice!r}, allowed are {', '.join(map(str, allowed))}")
+        if self.weight_cache == "":
+            raise InputError("--weight-cache is empty; give a folder, or leave it out")
         self._check_transport()
         check_sampling(self.temperature, self.top_p, self.top_k, self.seed)
         if not all(self.stop):

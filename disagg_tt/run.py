@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from loguru import logger
+
 from disagg_tt.cache import BLOCK, PagedCache
 from disagg_tt.config import LlamaConfig, Options
 from disagg_tt.core import Answer, Request, whole_tiles
@@ -15,6 +17,7 @@ from disagg_tt.errors import CheckpointError, PromptError
 from disagg_tt.model import weights
 from disagg_tt.model.checkpoint import Checkpoint, find_checkpoint
 from disagg_tt.model.llama import Llama
+from disagg_tt.model.weight_cache import WeightCache
 from disagg_tt.perf import decode_times
 from disagg_tt.plan import Setup, default_weight_dtype, plan
 from disagg_tt.prompt import Tokenizer, encode_prompts
@@ -79,7 +82,13 @@ class Run:
             self.progress(f"{role}: layers loaded", len(layers), len(layers))
 
         dtype = weights.weight_dtype(self.config, self.options.weight_dtype)
-        loaded = weights.load(self.checkpoint, mesh, dtype, progress)
+        folder = self.options.weight_cache
+        cache = WeightCache(folder, self.checkpoint, mesh, dtype) if folder is not None else None
+        loaded = weights.load(self.checkpoint, mesh, dtype, progress, cache)
+        if cache is not None:
+            logger.info(
+                "{}: {} tensors converted, the others read from {}", role, cache.converted, cache.folder
+            )
         return Llama(mesh, self.config, loaded, whole_tiles(tokens), getattr(ttnn, self.options.kv_dtype))
 
     def cache(self, mesh: Any, slots: int, tokens: int) -> PagedCache:

@@ -26,6 +26,7 @@ from disagg_tt.plan import default_weight_dtype
 
 if TYPE_CHECKING:
     from disagg_tt.model.checkpoint import Checkpoint
+    from disagg_tt.model.weight_cache import WeightCache
 
 TILE = 32
 
@@ -64,70 +65,95 @@ class Weights:
     lm_head: Any
 
 
+Host = Callable[[], torch.Tensor]  # reads and cuts a matrix, where it has to be
+
+
 class _Placer:
-    """Puts host matrices on the mesh, whole or cut along one axis."""
+    """Puts host matrices on the mesh, whole or cut along one axis; from and into the cache if there is one."""
 
-    def __init__(self, mesh: Any, dtype: Any):
-        self.mesh, self.dtype = mesh, dtype
+    def __init__(self, mesh: Any, dtype: Any, cache: WeightCache | None):
+        self.mesh, self.dtype, self.cache = mesh, dtype, cache
 
-    def matrix(self, host: torch.Tensor, cut: int) -> Any:
-        return self._put(host, self.dtype, ttnn.TILE_LAYOUT, ttnn.ShardTensorToMesh(self.mesh, dim=cut))
+    def matrix(self, name: str, host: Host, cut: int) -> Any:
+        return self._put(name, host, self.dtype, ttnn.TILE_LAYOUT, ttnn.ShardTensorToMesh(self.mesh, dim=cut))
 
-    def table(self, host: torch.Tensor) -> Any:
-        return self._put(host, ttnn.bfloat16, ttnn.ROW_MAJOR_LAYOUT, ttnn.ShardTensorToMesh(self.mesh, dim=3))
+    def table(self, name: str, host: Host) -> Any:
+        mapper = ttnn.ShardTensorToMesh(self.mesh, dim=3)
+        return self._put(name, host, ttnn.bfloat16, ttnn.ROW_MAJOR_LAYOUT, mapper)
 
-    def norm(self, host: torch.Tensor) -> Any:
-        folded = host.reshape(-1, TILE)
-        return self._put(folded, ttnn.bfloat16, ttnn.ROW_MAJOR_LAYOUT, ttnn.ReplicateTensorToMesh(self.mesh))
+    def norm(self, name: str, host: Host) -> Any:
+        mapper = ttnn.ReplicateTensorToMesh(self.mesh)
+        return self._put(name, lambda: host().reshape(-1, TILE), ttnn.bfloat16, ttnn.ROW_MAJOR_LAYOUT, mapper)
 
-    def _put(self, host: torch.Tensor, dtype: Any, layout: Any, mapper: Any) -> Any:
-        return ttnn.from_torch(
-            host.reshape(1, 1, *host.shape),
-            dtype=dtype,
-            layout=layout,
-            device=self.mesh,
-            memory_config=ttnn.DRAM_MEMORY_CONFIG,
-            mesh_mapper=mapper,
-        )
+    def _put(self, name: str, host: Host, dtype: Any, layout: Any, mapper: Any) -> Any:
+        def converted(device: Any) -> Any:
+            matrix = host()
+            return ttnn.from_torch(
+                matrix.reshape(1, 1, *matrix.shape),
+                dtype=dtype,
+                layout=layout,
+                device=device,
+                memory_config=ttnn.DRAM_MEMORY_CONFIG,
+                mesh_mapper=mapper,
+            )
+
+        if self.cache is None:
+            return converted(self.mesh)
+        return self.cache.tensor(name, lambda: converted(None))
 
 
 def load(
-    checkpoint: Checkpoint, mesh: Any, dtype: Any, progress: Callable[[range], Iterator[int]] | None = None
+    checkpoint: Checkpoint,
+    mesh: Any,
+    dtype: Any,
+    progress: Callable[[range], Iterator[int]] | None = None,
+    cache: WeightCache | None = None,
 ) -> Weights:
     """Read `checkpoint` and place it on `mesh` with matrices of `dtype`; `progress` wraps the range of layers.
 
-    Raises CheckpointError for a missing or mis-shaped tensor and PlanError if the model does not divide by the mesh.
+    What is in `cache` is not read. Raises CheckpointError for a missing or mis-shaped tensor and PlanError if the model
+    does not divide by the mesh.
     """
     config, chips = checkpoint.config, mesh.get_num_devices()
     config.check_mesh(chips)
-    put = _Placer(mesh, dtype)
+    put = _Placer(mesh, dtype, cache)
 
     def read(name: str) -> torch.Tensor:
         return checkpoint.tensor(name, torch.bfloat16)
 
-    def layer(i: int) -> LayerWeights:
-        prefix = f"model.layers.{i}."
+    def wqkv(prefix: str) -> torch.Tensor:
         heads = [read(f"{prefix}self_attn.{x}_proj.weight").chunk(chips) for x in "qkv"]
-        wqkv = torch.cat([part for chip in zip(*heads, strict=True) for part in chip])
+        return torch.cat([part for chip in zip(*heads, strict=True) for part in chip]).T
+
+    def lm_head() -> torch.Tensor:
+        rows = padded_vocab(config, chips) - config.vocab_size
+        return torch.nn.functional.pad(read("lm_head.weight"), (0, 0, 0, rows)).T
+
+    def layer(i: int) -> LayerWeights:
+        theirs, ours = f"model.layers.{i}.", f"layer-{i}-"
+
+        def norm(name: str, source: str) -> Any:
+            return put.norm(ours + name, lambda: read(theirs + source))
+
+        def matrix(name: str, source: str, cut: int) -> Any:
+            return put.matrix(ours + name, lambda: read(theirs + source).T, cut)
+
         return LayerWeights(
-            attention_norm=put.norm(read(prefix + "input_layernorm.weight")),
-            wqkv=put.matrix(wqkv.T, cut=3),
-            wo=put.matrix(read(prefix + "self_attn.o_proj.weight").T, cut=2),
-            mlp_norm=put.norm(read(prefix + "post_attention_layernorm.weight")),
-            w1=put.matrix(read(prefix + "mlp.gate_proj.weight").T, cut=3),
-            w3=put.matrix(read(prefix + "mlp.up_proj.weight").T, cut=3),
-            w2=put.matrix(read(prefix + "mlp.down_proj.weight").T, cut=2),
+            attention_norm=norm("attention_norm", "input_layernorm.weight"),
+            wqkv=put.matrix(ours + "wqkv", lambda: wqkv(theirs), cut=3),
+            wo=matrix("wo", "self_attn.o_proj.weight", cut=2),
+            mlp_norm=norm("mlp_norm", "post_attention_layernorm.weight"),
+            w1=matrix("w1", "mlp.gate_proj.weight", cut=3),
+            w3=matrix("w3", "mlp.up_proj.weight", cut=3),
+            w2=matrix("w2", "mlp.down_proj.weight", cut=2),
         )
 
-    embedding = read("model.embed_tokens.weight")
-    lm_head = embedding if config.tie_word_embeddings else read("lm_head.weight")
-    lm_head = torch.nn.functional.pad(lm_head, (0, 0, 0, padded_vocab(config, chips) - config.vocab_size))
     indices = range(config.num_hidden_layers)
     return Weights(
-        embedding=put.table(embedding),
+        embedding=put.table("embedding", lambda: read("model.embed_tokens.weight")),
         layers=tuple(layer(i) for i in (progress(indices) if progress else indices)),
-        norm=put.norm(read("model.norm.weight")),
-        lm_head=put.matrix(lm_head.T, cut=3),
+        norm=put.norm("norm", lambda: read("model.norm.weight")),
+        lm_head=put.matrix("lm_head", lm_head, cut=3),
     )
 
 

@@ -160,6 +160,7 @@ def _add_rank_flags(to: argparse.ArgumentParser) -> None:
     _add_model_flags(to)
     to.add_argument("--kv-dtype", default=Options.kv_dtype, help=f"cache dtype: {', '.join(KV_DTYPES)}")
     to.add_argument("--weight-dtype", help=f"{', '.join(WEIGHT_DTYPES)} (default: bfloat16 below 1 B parameters)")  # fmt: skip
+    to.add_argument("--weight-cache", help="folder where weights are kept in the device's format, for the next start")  # fmt: skip
     to.add_argument("--rank-binding", help="tt-run's YAML file (default: two N300 boards, one prefills)")
     to.add_argument("--max-num-seqs", type=int, default=32, help="requests that a decode rank runs at once, at most 32 (default)")  # fmt: skip
     to.add_argument("--num-blocks", type=int, help="cache blocks of 32 tokens a rank (default: full sequences in all slots)")  # fmt: skip
@@ -179,7 +180,9 @@ def _options(a: argparse.Namespace) -> Options:
         raise InputError(
             "--transport local: ranks are several meshes; for one mesh use a binding of one rank"
         )
-    names = ("model", "max_seq_len", "kv_dtype", "weight_dtype", "rank_binding", "transport", "overlap")
+    names = (
+        "model", "max_seq_len", "kv_dtype", "weight_dtype", "weight_cache", "rank_binding", "transport", "overlap",
+    )  # fmt: skip
     return Options(
         **{name: getattr(a, name) for name in names},
         enable_trace=a.enable_trace,
@@ -191,8 +194,8 @@ def _options(a: argparse.Namespace) -> Options:
 def _rank_words(a: argparse.Namespace) -> list[str]:
     """Return the flags of `worker` that give the ranks what `serve` was given."""
     words: list[Any] = []
-    for flag in ("model", "max_seq_len", "deadline_s", "kv_dtype", "weight_dtype", "rank_binding", "max_num_seqs",
-                 "num_blocks", "transport", "overlap", "threads"):  # fmt: skip
+    for flag in ("model", "max_seq_len", "deadline_s", "kv_dtype", "weight_dtype", "weight_cache", "rank_binding",
+                 "max_num_seqs", "num_blocks", "transport", "overlap", "threads"):  # fmt: skip
         if getattr(a, flag) is not None:
             words += ["--" + flag.replace("_", "-"), getattr(a, flag)]
     words += ["--enable-trace"] * a.enable_trace + ["--no-prefix-caching"] * (not a.prefix_caching)

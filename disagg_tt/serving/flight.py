@@ -133,7 +133,6 @@ class Flight:
         except PeerError as error:
             raise LostError(str(error)) from None
         account.route, account.reason = route.kind, route.reason
-        account.decode_worker, account.prefill_worker = self._decode, route.prefill or ""
         self._prefill_rank, self._phase = route.prefill or "", "prefill"
         estimates = ", ".join(f"{kind} {ms:.0f} ms" for kind, ms in route.estimates.items())
         logger.info(

@@ -51,8 +51,6 @@ class Account:
 
     route: str = ""
     reason: str = ""
-    prefill_worker: str = ""
-    decode_worker: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     computed_tokens: int = 0

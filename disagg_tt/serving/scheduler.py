@@ -10,8 +10,6 @@ runs out. It is then told where its prompt's K and V come from: from a prefill r
 what is cached (`prefill`). Between two decode steps the rank does one other thing, either arriving layers or a piece of
 a prompt, and no more of it than takes `stall_ratio` decode steps, as measured: running requests keep their pace.
 
-A slot counts its users: (slot, generation) names one stay, so a message that comes late for an ended one finds nothing.
-
 A prefill rank uses the same: sequences with `max_new_tokens` 0, all of them `prefill`, ended by `finish` once sent.
 Pure: no tensor, no clock, one thread.
 """
@@ -43,8 +41,7 @@ class Sequence:
 
     tokens: the prompt, and what was generated after it. cached: the prompt's tokens found in cache, whole blocks.
     computed: tokens whose K and V are here and valid; `tokens[computed]` is the next to be fed. blocks: in token order,
-    the cached ones first. most_cached: tokens of cache that may be used. deadline: when it must be running, s of the rank's
-    clock. sampling: the engine's, not read here.
+    the cached ones first. most_cached: tokens of cache that may be used. sampling: the engine's, not read here.
     """
 
     id: str
@@ -53,10 +50,8 @@ class Sequence:
     eos_token_ids: frozenset[int] = frozenset()
     sampling: Any = None
     most_cached: float = float("inf")
-    deadline: float = float("inf")
     state: State = State.WAITING
     slot: int = -1
-    generation: int = 0
     blocks: list[int] = field(default_factory=list)
     cached: int = 0
     computed: int = 0
@@ -66,10 +61,6 @@ class Sequence:
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.tokens)
         self.hashes = chain(self.tokens)
-
-    @property
-    def generated(self) -> list[int]:
-        return self.tokens[self.prompt_tokens :]
 
     @property
     def blocks_needed(self) -> int:
@@ -87,11 +78,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Step:
-    """What to do now, in this order: take up to `layers` arrived layers, compute `chunk`, decode a token of each."""
+    """What to do before the running requests' next step: take up to `layers` arrived layers, or compute `chunk`."""
 
     layers: int
     chunk: Chunk | None
-    decode: tuple[Sequence, ...]
 
 
 class Scheduler:
@@ -112,7 +102,6 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.admitted: dict[int, Sequence] = {}  # by slot, in the order of admission
         self._by_id: dict[str, Sequence] = {}
-        self._generations = [0] * slots
         self._layers_were_last = False
         # s a token, a layer, a step. Until they are measured: as little as possible between two steps.
         self.prefill_pace, self.layer_pace, self.step_pace = Pace(float("inf")), Pace(float("inf")), Pace(0.0)
@@ -144,10 +133,6 @@ class Scheduler:
         """Return the admitted sequences in one of `states`, in the order of admission."""
         return [sequence for sequence in self.admitted.values() if sequence.state in states]
 
-    def overdue(self, now: float) -> list[Sequence]:
-        """Return the sequences that should be running since their deadline and are not; for the caller to cancel."""
-        return [s for s in self._by_id.values() if s.state is not State.RUNNING and now > s.deadline]
-
     def all(self) -> list[Sequence]:
         """Return the sequences that have not ended."""
         return [*self._by_id.values()]
@@ -155,11 +140,6 @@ class Scheduler:
     def get(self, id: str) -> Sequence | None:
         """Return the sequence with this id, waiting or admitted."""
         return self._by_id.get(id)
-
-    def find(self, slot: int, generation: int) -> Sequence | None:
-        """Return the sequence whose stay in `slot` this is, or None for a stay that has ended."""
-        sequence = self.admitted.get(slot)
-        return sequence if sequence is not None and sequence.generation == generation else None
 
     def admit(self) -> list[Sequence]:
         """Give slots and blocks to those who wait, in order, as far as they go; return them, now RESERVED.
@@ -178,8 +158,6 @@ class Scheduler:
             head.blocks, matched = reserved
             head.cached = head.computed = matched * BLOCK
             head.slot = next(slot for slot in range(self.slots) if slot not in self.admitted)
-            self._generations[head.slot] += 1
-            head.generation = self._generations[head.slot]
             head.state = State.RESERVED
             self.admitted[head.slot] = head
             admitted.append(head)
@@ -195,18 +173,17 @@ class Scheduler:
 
     def plan(self, arrived_layers: int) -> Step:
         """Say what to do now, `arrived_layers` layers of receiving sequences being there to be taken."""
-        running = self.in_state(State.RUNNING)
-        if not running:
+        if not self.in_state(State.RUNNING):
             soon = bool(
                 self.in_state(State.RECEIVING)
             )  # whose client has a token already, and awaits the next
-            return Step(arrived_layers, self._next_chunk(self._fitting_chunk() if soon else self.chunk), ())
+            return Step(arrived_layers, self._next_chunk(self._fitting_chunk() if soon else self.chunk))
         prefilling = any(s.computed < s.prompt_tokens for s in self.in_state(State.PREFILLING))
         self._layers_were_last = bool(arrived_layers) and not (prefilling and self._layers_were_last)
         if self._layers_were_last:
             layers = max(1, min(arrived_layers, int(self._stall_s / self.layer_pace.each)))
-            return Step(layers, None, tuple(running))
-        return Step(0, self._next_chunk(self._fitting_chunk()), tuple(running))
+            return Step(layers, None)
+        return Step(0, self._next_chunk(self._fitting_chunk()))
 
     @property
     def _stall_s(self) -> float:

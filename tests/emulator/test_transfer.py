@@ -13,6 +13,7 @@ import torch
 from tensors import ROW_MAJOR, TILE, OpenMesh, bfloat16, chips, generator, put, same_on_all
 
 from disagg_tt.device import emulator as ttnn
+from disagg_tt.device.emulator import file
 from disagg_tt.errors import DeviceError, NotEmulatedError
 
 VALUES = bfloat16(torch.randn(1, 1, 40, 50, generator=torch.Generator().manual_seed(5)))
@@ -324,6 +325,20 @@ def test_files_keep_the_parts_and_the_place(mesh: Any, tmp_path: Path) -> None:
     assert torch.equal(torch.cat(chips(read), dim=3), both)
 
 
+def test_of_several_ranks_each_writes_a_file_of_its_own(
+    mesh: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file, "distributed_context_is_initialized", lambda: True)
+    monkeypatch.setattr(file, "size", lambda: 2)
+    with pytest.raises(
+        NotEmulatedError, match="rank 0 alone writes the file; give mode=ttnn.DumpTensorMode.LOCAL"
+    ):
+        ttnn.dump_tensor(tmp_path / "x.tensorbin", ttnn.ones([8, 8]))
+    assert not list(tmp_path.iterdir())
+    ttnn.dump_tensor(tmp_path / "x.tensorbin", ttnn.ones([8, 8]), mode=ttnn.DumpTensorMode.LOCAL)
+    assert ttnn.load_tensor(tmp_path / "x.tensorbin").shape == (8, 8)
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.tensorbin"
     with pytest.raises(DeviceError, match=r"must end in \.tensorbin"):
@@ -333,6 +348,8 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\x18\0\0\0 a flatbuffer of the real ttnn")
     with pytest.raises(DeviceError, match="a file of the real ttnn is a flatbuffer"):
         ttnn.load_tensor(path)
+    with pytest.raises(RuntimeError, match="mode is 'LOCAL'"):
+        ttnn.dump_tensor(path, ttnn.ones([8, 8]), mode="LOCAL")
     ttnn.dump_tensor(path, ttnn.ones([8, 8]))
     whole = path.read_bytes()
     for damaged in (whole[:-1], whole + b"\0", whole.replace(b'"BFLOAT16"', b'"BFLOAT17"'), whole[:40]):

@@ -73,7 +73,7 @@ def test_an_eos_token_ends_it():
     sched = scheduler()
     wanted = running(sched, "a")
     assert sched.advance(wanted, EOS) == "stop"
-    assert wanted.generated == [7, EOS] and not sched.admitted
+    assert wanted.tokens[wanted.prompt_tokens :] == [7, EOS] and not sched.admitted
 
 
 def test_a_first_token_can_be_the_last():
@@ -125,15 +125,14 @@ def test_what_was_only_half_received_is_not_found():
     assert prefilling(sched, "a", 100).cached == 0
 
 
-def test_a_late_message_for_an_ended_stay_finds_nothing():
+def test_what_has_ended_is_not_found_nor_freed_again():
     sched = scheduler(slots=1)
     old = running(sched, "a")
-    assert sched.find(old.slot, old.generation) is old
+    assert sched.get("a") is old
     assert sched.cancel("a") is old and sched.cancel("a") is None and not sched.finish(old)
     new = running(sched, "b")
-    assert new.slot == old.slot
-    assert sched.find(old.slot, old.generation) is None
-    assert sched.find(new.slot, new.generation) is new
+    assert new.slot == old.slot and not sched.finish(old)
+    assert sched.get("a") is None and sched.admitted == {new.slot: new}
 
 
 def test_all_layers_and_large_pieces_when_nobody_runs():
@@ -141,7 +140,7 @@ def test_all_layers_and_large_pieces_when_nobody_runs():
     long = prefilling(sched, "a", 1000)
     pieces = []
     while (step := sched.plan(9)).chunk:
-        assert step.layers == 9 and step.decode == ()
+        assert step.layers == 9
         pieces.append(step.chunk.count)
         sched.prefilled(step.chunk)
     assert pieces == [512, 488] and long.computed == 1000
@@ -149,13 +148,13 @@ def test_all_layers_and_large_pieces_when_nobody_runs():
 
 def test_other_work_takes_no_longer_than_the_stall_allowed():
     sched = scheduler(stall_ratio=2.0)
-    one = running(sched, "a")
+    running(sched, "a")
     sched.step_pace.observe(1, 0.1)
     sched.prefill_pace.observe(1000, 1.0)
     sched.layer_pace.observe(1, 0.03)
     prefilling(sched, "b", 1000)
     step = sched.plan(0)
-    assert step.decode == (one,) and step.chunk.count == 192  # of 200 tokens in 0.2 s, whole blocks
+    assert step.chunk.count == 192  # of 200 tokens in 0.2 s, whole blocks
     assert [(s.layers, bool(s.chunk)) for s in (sched.plan(50) for _ in range(4))] == [
         (6, False),
         (0, True),
@@ -222,15 +221,6 @@ def test_a_full_queue_says_when_to_come_again():
     assert refused.value.retry_after_s == 5.0 and sched.get("c") is None
 
 
-def test_overdue_are_those_that_do_not_run():
-    sched = scheduler(slots=2)
-    running(sched, "a", deadline=5.0)
-    for name, deadline in (("b", 5.0), ("c", 6.0), ("d", 5.0)):
-        sched.add(sequence(name, deadline=deadline))
-    sched.admit()
-    assert [s.id for s in sched.overdue(5.5)] == ["b", "d"]
-
-
 def test_calls_out_of_order_are_refused():
     sched = scheduler()
     wanted = sequence("a")
@@ -291,7 +281,7 @@ class Rank(RuleBasedStateMachine):
             return
         gone = self.sched.cancel(data.draw(st.sampled_from(ids)))
         assert gone.state is State.ENDED and self.sched.cancel(gone.id) is None
-        assert self.sched.find(gone.slot, gone.generation) is None
+        assert self.sched.get(gone.id) is None
         self.order = [id for id in self.order if id != gone.id]
         self.arrived.pop(gone, None)
 
@@ -324,7 +314,6 @@ class Rank(RuleBasedStateMachine):
         arrived = min(more, coming)
         before = self.sched.in_state(State.RUNNING)
         step = self.sched.plan(arrived)
-        assert list(step.decode) == before
         assert step.layers == arrived if not before else 0 <= step.layers <= arrived
         assert not (before and step.layers and step.chunk)
         self.layers_waited = self.layers_waited + 1 if arrived and not step.layers else 0
@@ -350,7 +339,7 @@ class Rank(RuleBasedStateMachine):
             self.sched.prefilled(step.chunk)
             if end == seq.prompt_tokens:
                 self.sched.start(seq, token)
-        for seq in step.decode:
+        for seq in self.sched.in_state(State.RUNNING):
             self.written(seq, seq.computed // BLOCK * BLOCK, seq.computed + 1)
             self.sched.advance(seq, token)
 

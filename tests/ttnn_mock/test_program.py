@@ -82,6 +82,16 @@ def test_one_process_runs_the_same_calls_without_mpi(generate, flag):
         assert answer["perf"].get("kv_bytes") == streamed
 
 
+def test_weights_are_read_from_the_cache_at_the_second_start(generate, tmp_path):
+    flags = ("--prompt", "one", "--max-new-tokens", "2", "--ignore-eos", "--weight-cache", str(tmp_path))
+    for most in (4 * 7 + 3, 0):  # the checkpoint's tensors, of which both ranks may write any first
+        done = generate(*flags)
+        assert (done.code, done.left) == (0, []), done.err
+        converted = [int(n) for n in re.findall(r"(\d+) tensors converted", done.err)]
+        assert len(converted) == 2 and max(converted) <= most
+    assert len([file for file in tmp_path.rglob("*") if file.is_file()]) == 4 * 7 + 3
+
+
 def test_the_example_runs_under_tt_run(mock_environment, tmp_path):
     mapping = mock.write_rank_mapping(tmp_path)
     programs = Path(sys.executable).parent  # tt-run looks for mpirun on the PATH

@@ -283,6 +283,7 @@ from disagg_tt.device.emulator.types import (
     DispatchCoreAxis,
     DispatchCoreConfig,
     DispatchCoreType,
+    DumpTensorMode,
     FabricConfig,
     Layout,
     MathFidelity,

@@ -103,6 +103,11 @@ class FabricConfig(Named):
     CUSTOM = 8
 
 
+class DumpTensorMode(Named):
+    DISTRIBUTED_GATHER = 0
+    LOCAL = 1
+
+
 class Arch(Named):
     WORMHOLE_B0 = 2
     BLACKHOLE = 3

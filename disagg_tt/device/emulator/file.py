@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from disagg_tt.device.emulator.distributed import distributed_context_is_initialized, size
 from disagg_tt.device.emulator.mappers import TensorToMesh
 from disagg_tt.device.emulator.mesh import MeshDevice
 from disagg_tt.device.emulator.numeric import BLOCK, pack, unpack
@@ -26,20 +27,35 @@ from disagg_tt.device.emulator.types import (
     CoreRange,
     CoreRangeSet,
     DataType,
+    DumpTensorMode,
     Layout,
     MemoryConfig,
     ShardOrientation,
     ShardSpec,
     TensorMemoryLayout,
 )
-from disagg_tt.errors import DeviceError
+from disagg_tt.errors import DeviceError, NotEmulatedError
 
 MAGIC = b"disagg_tt emulator tensor 1\n"
 EXTENSION = ".tensorbin"
 
 
-def dump_tensor(file_name: str | Path, tensor: Tensor, *, mode: Any = None) -> None:
-    """Write a tensor with all its parts to FILE.tensorbin, at once or not at all. Each rank writes its own file."""
+def dump_tensor(
+    file_name: str | Path, tensor: Tensor, *, mode: DumpTensorMode = DumpTensorMode.DISTRIBUTED_GATHER
+) -> None:
+    """Write a tensor with all its parts to FILE.tensorbin, at once or not at all.
+
+    LOCAL writes this rank's. DISTRIBUTED_GATHER, ttnn's default, gathers the tensor from all ranks, and rank 0 alone writes
+    a file; raises NotEmulatedError for it where there are several.
+    """
+    if not isinstance(mode, DumpTensorMode):
+        raise DeviceError(f"dump_tensor: mode is {mode!r}; give a ttnn.DumpTensorMode")
+    ranks = size() if distributed_context_is_initialized() else 1
+    if mode is DumpTensorMode.DISTRIBUTED_GATHER and ranks > 1:
+        raise NotEmulatedError(
+            f"dump_tensor: mode DISTRIBUTED_GATHER, ttnn's default, is a collective of all {ranks} ranks after which "
+            "rank 0 alone writes the file; give mode=ttnn.DumpTensorMode.LOCAL and each rank a file of its own"
+        )
     path = _tensor_path(file_name)
     place, spec = tensor.memory_config(), tensor.spec
     parts = from_device(tensor)._values.data
@@ -112,7 +128,7 @@ def as_tensor(
     cache_file_name: str | Path | None = None,
     preprocess: Callable[[Any], Any] | None = None,
     mesh_mapper: TensorToMesh | None = None,
-    cache_dump_mode: Any = None,
+    cache_dump_mode: DumpTensorMode = DumpTensorMode.DISTRIBUTED_GATHER,
 ) -> Tensor:
     """Return from_torch(preprocess(tensor), ...), from or into a cache file if one is named.
 
@@ -136,7 +152,7 @@ def as_tensor(
     path = Path(f"{cache_file_name}_dtype_{names[0]}_layout_{names[1]}.emulator{EXTENSION}")
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        dump_tensor(path, converted(None))
+        dump_tensor(path, converted(None), mode=cache_dump_mode)
     return load_tensor(path, device=device)
 
 
