@@ -41,13 +41,13 @@ def authenticate(control: Control, ours: str, theirs: str, token: str, limit_s: 
     control.send("challenge", nonce=nonce)
     asked = expect(control, "challenge", limit_s, what)["nonce"]
     control.send("proof", proof=_proof(token, ours, asked))
-    if not hmac.compare_digest(
-        expect(control, "proof", limit_s, what)["proof"], _proof(token, theirs, nonce)
-    ):
+    # As bytes: of text, which may be anything, only ASCII can be compared.
+    shown = expect(control, "proof", limit_s, what)["proof"].encode(errors="surrogatepass")
+    if not hmac.compare_digest(shown, _proof(token, theirs, nonce).encode()):
         raise StreamError(
             f"the {theirs} program does not know the token; give both the same DISAGG_TT_TOKEN or kv_token"
         )
 
 
 def _proof(token: str, role: str, nonce: str) -> str:
-    return hmac.digest(token.encode(), f"{role} {nonce}".encode(), hashlib.sha256).hex()
+    return hmac.digest(token.encode(), f"{role} {nonce}".encode(errors="surrogatepass"), hashlib.sha256).hex()

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from loguru import logger
 
-from disagg_tt.config import LlamaConfig
 from disagg_tt.errors import PeerError
 from disagg_tt.model.checkpoint import Checkpoint, find_checkpoint
 from disagg_tt.processes import tied
@@ -90,7 +89,8 @@ def _stop_event() -> asyncio.Event:
 async def serving_over_hub(server: ServerOptions) -> AsyncIterator[Frontend]:
     """Serve HTTP over a hub while the context lasts. Raises InputError for a model, an address or a port that will not do."""
     path = find_checkpoint(server.model)
-    config: LlamaConfig = Checkpoint.open(path).config
+    checkpoint = Checkpoint.open(path)
+    config = checkpoint.config
     limit = min(server.max_seq_len or config.max_position_embeddings, config.max_position_embeddings)
     served = Served(
         server.served_model_name or (Path(server.model).name if server.model else "disagg-tt-tiny"),
@@ -100,7 +100,7 @@ async def serving_over_hub(server: ServerOptions) -> AsyncIterator[Frontend]:
         server.api_key,
     )
     listener = listen(server.host, server.port)
-    hub = Hub(server.hub, server.token)
+    hub = Hub(server.hub, server.token, digest=checkpoint.digest(), max_seq_len=limit)
     frontend = Frontend(hub, Router(server.mode), deadline_s=server.deadline_s)
     hub.start()
     try:

@@ -59,7 +59,7 @@ class DecodeRank(Rank):
     ):
         """Without `prefix_caching` nothing that was computed for one request serves another."""
         pool = BlockPool(cache.blocks)
-        scheduler = Scheduler(cache.slots, pool, chunk=CHUNK)
+        scheduler = Scheduler(cache.slots, pool, most_blocks=cache.blocks_per_slot, chunk=CHUNK)
         super().__init__(model, cache, run, hub, scheduler)
         self._prefix_caching = prefix_caching
         self.batch = Batch(model, cache, run.options.enable_trace)

@@ -74,8 +74,14 @@ class Hub:
     job_lost: set when a rank of a job is lost, and with it its job. told: whether workers were told to stop.
     """
 
-    def __init__(self, address: str = "tcp://127.0.0.1:*", token: str = ""):
-        """Listen at `address`, zmq's form; raises InputError where that cannot be, or would be open to all."""
+    def __init__(
+        self, address: str = "tcp://127.0.0.1:*", token: str = "", *, digest: str = "", max_seq_len: int = 0
+    ):
+        """Listen at `address`, zmq's form; raises InputError where that cannot be, or would be open to all.
+
+        digest, max_seq_len: of the checkpoint that is served, if one is, and the tokens that a request may have: workers
+        with another one, or for fewer tokens, are refused.
+        """
         host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
         if not token and not is_loopback(host):
             raise InputError(
@@ -88,7 +94,7 @@ class Hub:
         self.on_lost: Callable[[str, str], None] = lambda name, reason: None
         self.job_lost = asyncio.Event()
         self.stopping = self.told = False
-        self._token = token
+        self._token, self._digest, self._max_seq_len = token, digest, max_seq_len
         self._by_identity: dict[bytes, str] = {}
         self._nonces: dict[bytes, str] = {}
         self._context = zmq.asyncio.Context(io_threads=1)
@@ -144,6 +150,8 @@ class Hub:
                 self._take(identity, protocol.to_hub(frames[0]))
             except DisaggError as error:
                 logger.warning("from {}: {}", self._by_identity.get(identity, "a stranger"), error)
+            except Exception:  # a defect here; without this task no worker would be heard any more
+                logger.exception("from {}", self._by_identity.get(identity, "a stranger"))
 
     def _take(self, identity: bytes, message: Message) -> None:
         if isinstance(message, Hello):
@@ -194,6 +202,13 @@ class Hub:
             return f"{about.name} does not know the token; give both the same one"
         if self.stopping:
             return "the server stops"
+        if self._digest and about.digest != self._digest:
+            return f"{about.name} has checkpoint {about.digest:.16}, the server {self._digest:.16}; give both the same --model"
+        if about.max_seq_len < self._max_seq_len:
+            return (
+                f"{about.name} takes sequences of {about.max_seq_len} tokens, the server of {self._max_seq_len}; give both the "
+                "same --max-seq-len"
+            )
         if other := next((w for w in self.workers.values() if w.name != about.name), None):
             for what in ("digest", "settings", "max_seq_len"):
                 ours, theirs = getattr(other.about, what), getattr(about, what)

@@ -54,9 +54,9 @@ class PrefillRank(Rank):
         self, model: Llama, cache: PagedCache, run: Run, hub: Connection, *, prefix_caching: bool = True
     ):
         """Without `prefix_caching` every prompt is computed whole."""
-        super().__init__(
-            model, cache, run, hub, Scheduler(1, BlockPool(cache.blocks), max_waiting=1024, chunk=CHUNK)
-        )
+        pool = BlockPool(cache.blocks)
+        scheduler = Scheduler(1, pool, most_blocks=cache.blocks_per_slot, max_waiting=1024, chunk=CHUNK)
+        super().__init__(model, cache, run, hub, scheduler)
         self._prefix_caching = prefix_caching
         self._links: dict[str, tuple[Link, RemoteSender]] = {}
         self._jobs: dict[Sequence, _Job] = {}

@@ -42,6 +42,7 @@ Number = Annotated[int, Field(ge=0, lt=2**32)]
 Count = Annotated[int, Field(ge=0, lt=2**40)]
 Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=128)]
+Secret = Annotated[str, Field(pattern="^[0-9a-f]{1,64}$")]  # an HMAC or a session: compared, so ASCII
 Role = Literal["prefill", "decode"]
 assert (PREFILL, DECODE) == ("prefill", "decode")
 
@@ -58,7 +59,7 @@ class Hello(Message):
 class Challenge(Message):
     kind: Literal["challenge"] = "challenge"
     nonce: Name
-    proof: Name
+    proof: Secret
 
 
 class Register(Message):
@@ -69,7 +70,7 @@ class Register(Message):
     """
 
     kind: Literal["register"] = "register"
-    proof: str = Field(max_length=128)
+    proof: Secret
     name: Name
     role: Role
     in_job: bool
@@ -84,7 +85,7 @@ class Register(Message):
 
 class Welcome(Message):
     kind: Literal["welcome"] = "welcome"
-    session: Name
+    session: Secret
 
 
 class Dropped(Message):
@@ -108,7 +109,7 @@ class State(Message):
 class Beat(Message):
     kind: Literal["beat"] = "beat"
     name: Name
-    session: Name
+    session: Secret
     state: State
 
 
@@ -121,7 +122,7 @@ class Wanted(Message):
     max_new_tokens: int = Field(ge=1, lt=2**24)
     temperature: float = Field(ge=0, allow_inf_nan=False)
     top_p: float = Field(gt=0, le=1)
-    top_k: int = Field(ge=0, lt=2**24)
+    top_k: int = Field(ge=0, le=2**24)
     seed: int = Field(ge=0, lt=2**63)
     logprobs: int | None = Field(ge=0, le=100)
     eos_token_ids: list[Number]

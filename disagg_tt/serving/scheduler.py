@@ -92,12 +92,14 @@ class Scheduler:
         slots: int,
         pool: BlockPool,
         *,
+        most_blocks: int | None = None,
         max_waiting: int = 256,
         stall_ratio: float = 1.0,
         chunk: int = 512,
     ):
-        """`stall_ratio`: decode steps that other work may take between two; `chunk`: tokens of a piece when none run."""
+        """`most_blocks`: of one sequence, None for all there are. `stall_ratio`: decode steps that other work may take between two; `chunk`: tokens of a piece when none run."""
         self.slots, self.pool = slots, pool
+        self.most_blocks = pool.blocks if most_blocks is None else min(most_blocks, pool.blocks)
         self.max_waiting, self.stall_ratio, self.chunk = max_waiting, stall_ratio, chunk
         self.waiting: deque[Sequence] = deque()
         self.admitted: dict[int, Sequence] = {}  # by slot, in the order of admission
@@ -110,10 +112,10 @@ class Scheduler:
         """Queue `sequence`. PromptError for one that can never fit; OverloadError when too many wait."""
         if sequence.id in self._by_id:
             raise ValueError(f"request {sequence.id} is here already")
-        if not sequence.tokens or sequence.blocks_needed > self.pool.blocks:
+        if not sequence.tokens or sequence.blocks_needed > self.most_blocks:
             raise PromptError(
                 f"request {sequence.id}: {sequence.prompt_tokens} prompt and {sequence.max_new_tokens} new tokens; "
-                f"1 to {self.pool.blocks * BLOCK} fit the cache. Shorten the prompt or ask for fewer tokens"
+                f"1 to {self.most_blocks * BLOCK} fit a slot. Shorten the prompt or ask for fewer tokens"
             )
         if len(self.waiting) >= self.max_waiting:
             raise OverloadError(

@@ -69,6 +69,13 @@ def test_a_running_sequence_has_all_its_blocks_from_the_start():
     assert wanted.state is State.ENDED and sched.pool.in_use == 0
 
 
+def test_a_sequence_longer_than_a_slot_is_refused_however_many_blocks_there_are():
+    sched = scheduler(blocks=64, most_blocks=4)
+    sched.add(sequence("a", 100, 28))
+    with pytest.raises(PromptError, match="1 to 128 fit a slot"):
+        sched.add(sequence("b", 100, 29))
+
+
 def test_an_eos_token_ends_it():
     sched = scheduler()
     wanted = running(sched, "a")

@@ -83,6 +83,14 @@ def test_who_gives_the_challenge_and_the_proof_back_is_not_taken_for_the_peer(co
     mirrored.join()
 
 
+@pytest.mark.parametrize("text", ["\u00e9", "\ud800", ""], ids=["accent", "surrogate", "empty"])
+def test_a_proof_of_any_text_is_compared(consumer, stranger, text):
+    stranger.send_json({"kind": "challenge", "nonce": text})
+    stranger.send_json({"kind": "proof", "proof": text})
+    with pytest.raises(StreamError, match="the prefill program does not know the token"):
+        connect_programs(consumer, LIMIT)
+
+
 def test_nothing_is_taken_from_who_has_not_proved_itself(consumer, stranger):
     stranger.send_json({"kind": "hello", "digest": "", "settings": {}, "requests": 1, "tokens": 32})
     with pytest.raises(StreamError, match="a 'hello' message came where 'challenge' is due"):

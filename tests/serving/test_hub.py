@@ -39,8 +39,8 @@ def register(name, **changes):
 
 
 @asynccontextmanager
-async def listening(address="tcp://127.0.0.1:*", token="secret"):
-    hub = Hub(address, token)
+async def listening(address="tcp://127.0.0.1:*", token="secret", **served):
+    hub = Hub(address, token, **served)
     hub.start()
     try:
         yield hub
@@ -126,6 +126,43 @@ def test_all_workers_must_run_the_same(what, value):
         async with listening() as hub, joined(hub, "d"):
             await refused(hub, "e", PeerError, f"e has {what} .* same model and settings", **{what: value})
             assert list(hub.workers) == ["d"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("served", "why"),
+    [
+        ({"digest": "b" * 64}, "d has checkpoint aaaa.*, the server bbbb.*; give both the same --model"),
+        ({"max_seq_len": 544}, "d takes sequences of 512 tokens, the server of 544; give both the same"),
+    ],
+)
+def test_a_worker_must_serve_what_the_server_does(served, why):
+    """A request within the server's limit but not the worker's would end the worker."""
+
+    async def main():
+        async with listening(**served) as hub:
+            await refused(hub, "d", PeerError, why)
+        async with listening(digest="a" * 64, max_seq_len=512) as hub, joined(hub, "d"):
+            assert list(hub.workers) == ["d"]
+
+    asyncio.run(main())
+
+
+def test_a_defect_in_taking_one_message_does_not_stop_the_next():
+    async def main():
+        async with listening() as hub, joined(hub, "d") as worker:
+            heard = []
+
+            def hear(name, message):
+                heard.append(message.number)
+                if len(heard) == 1:
+                    raise TypeError("a defect")
+
+            hub.on_message = hear
+            for number in (1, 2):
+                worker.send(Failed(number=number, reason="x"))
+            await until(lambda: len(heard) == 2)
 
     asyncio.run(main())
 
@@ -292,9 +329,11 @@ def garbage(rng: random.Random) -> list[bytes]:
         lambda: [rng.randbytes(10_000), b"x"],
         lambda: [protocol.encode(Hello(nonce=rng.randbytes(8).hex()))],
         lambda: [protocol.encode(register("d")(rng.randbytes(32).hex()))],
+        lambda: [json.dumps({"kind": "register", "proof": "\u00e9", "name": "d", **ABOUT}).encode()],
+        lambda: [b'{"kind":"beat","name":"d","session":"\xc3\xa9","state":{}}'],
         lambda: [protocol.encode(Leave())],
         lambda: [protocol.encode(Failed(number=1, reason="x"))],
-        lambda: [protocol.encode(protocol.Beat(name="d", session="x", state=protocol.State(in_flight=99)))],
+        lambda: [protocol.encode(protocol.Beat(name="d", session="0f", state=protocol.State(in_flight=99)))],
         lambda: [protocol.encode(Hello(nonce="n"))[: rng.randrange(1, 20)]],
         lambda: [json.dumps({"kind": rng.choice(KINDS), "number": rng.choice([-1, None, 2**70])}).encode()],
     ]
