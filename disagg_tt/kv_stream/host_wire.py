@@ -260,20 +260,26 @@ class WireReceiver(_End):
     peer = "prefill"
     layer_kind = Kind.LAYER
 
+    _agreed = True  # whether the sender's plan has come and is the same
+
     def begin(self, plan: Plan) -> None:
-        """Agree on `plan` with the sender, which must call its `begin` with the same; else both raise StreamError."""
+        """Ask for `plan`, which the sender's `begin` must be given too; else both raise StreamError, this end at its first layer.
+
+        It waits for nothing but, once, to meet: a sender that is busy answers late, and decode steps go on meanwhile.
+        """
         with self._step():
             self._begin(plan)
+            self._agreed = False
             self._channel.put(plan.header(Kind.PREFILL_REQUEST))
-            self._same(
-                self._get(Kind.PREFILL_RESPONSE, f"waiting for the answer to request {plan.request}")[0]
-            )
 
     def receive(self, layer: int, extents: Extents) -> None:
         """Wait for a layer and write it into `extents`; they hold nothing usable if this raises."""
         with self._step():
             layout, plan = self._layer(layer, extents), self._planned()
             what = f"waiting for layer {layer} of request {plan.request}"
+            if not self._agreed:
+                self._same(self._get(Kind.PREFILL_RESPONSE, what)[0])
+                self._agreed = True
             self._prepare(layout)
             header, payload = self._get(self.layer_kind, what)
             size = plan.layer_bytes if header.kind is Kind.LAYER else header.length

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import threading
 
 import pytest
 import torch
 import wire_ends
-from wire_ends import CASES, LAYERS, PLAN, values
+from wire_ends import CASES, LAYERS, PLAN, receive_into, send_from, values
 
 from disagg_tt.errors import InputError
 from disagg_tt.kv_stream.layout import coalesce
@@ -43,6 +44,34 @@ def test_contract_over_mpi():
 def test_contract_over_mpi_between_two_programs():
     for name, ended in wire_ends.run_programs().items():
         check(name, ended)
+
+
+@pytest.mark.parametrize("kind", THREADED)
+def test_a_receiver_that_has_met_its_sender_begins_without_waiting_for_it(kind):
+    """A decode rank goes on with its steps until a busy prefill rank answers."""
+    begun = threading.Event()
+
+    def prefill(end):
+        memory = values()
+        end.register([memory.view(-1)])
+        send_from(end, memory, PLAN, "contiguous")
+        memory.copy_(values())
+        assert begun.wait(wire_ends.DEADLINE_S)
+        send_from(end, memory, PLAN, "contiguous")
+
+    def decode(end):
+        memory = torch.zeros(PLAN.layers, PLAN.layer_bytes, dtype=torch.uint8)
+        end.register([memory.view(-1)])
+        receive_into(end, memory, PLAN, "contiguous", "contiguous")
+        memory.zero_()
+        end.begin(PLAN)
+        begun.set()
+        for number, layer in enumerate(memory):
+            end.receive(number, [layer])
+        end.finish()
+        assert torch.equal(memory, values())
+
+    assert wire_ends.run_ends(*wire_ends.pair(kind), prefill, decode) == ("ok", "ok")
 
 
 @pytest.mark.parametrize("kind", ["tcp", "nixl"])
