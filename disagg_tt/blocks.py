@@ -69,8 +69,8 @@ class BlockPool:
 
     @property
     def cached(self) -> int:
-        """Blocks that can be found, held or not."""
-        return len(self._block_of)
+        """Blocks that can be found and that nobody holds: kept for reuse alone."""
+        return len(self._idle)
 
     def lookup(self, hashes: Sequence[bytes]) -> list[int]:
         """Return the blocks of the longest cached prefix of `hashes`, without taking hold of them."""

@@ -147,6 +147,10 @@ class Answers:
     async def _pump(self, answer: Answer, stream: Stream) -> None:
         try:
             async for new in stream:
+                if (
+                    self._closed
+                ):  # before Python 3.12 wait_for loses a cancellation that comes with its result
+                    return
                 piece = answer.push(new)
                 if answer.finish_reason:  # perhaps by a stop string, of which the meshes do not know
                     await stream.aclose()

@@ -117,7 +117,7 @@ class _Request(_Model):
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, le=2**24)
-    seed: int | None = Field(None, ge=0, le=2**63 - 1)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=1000)]],
         Field(max_length=16),

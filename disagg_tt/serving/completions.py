@@ -21,7 +21,7 @@ from loguru import logger
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from disagg_tt.errors import InputError, PromptError
+from disagg_tt.errors import CheckpointError, InputError, PromptError
 from disagg_tt.serving.answers import Answers, Piece, Tokenizer
 from disagg_tt.serving.api import ChatRequest, CompletionRequest, parse
 from disagg_tt.serving.generation import Account, Backend, Generation
@@ -118,6 +118,10 @@ class Completions:
         except PromptError as error:  # its own text is for the command line
             message = f"This model's chat template refuses the messages: {error.__cause__}."
             raise Refusal(400, message, "invalid_value", "messages") from error
+        except CheckpointError as error:
+            logger.error("a chat is refused: {}", error)
+            message = "This model's chat template is damaged; use /v1/completions."
+            raise Refusal(500, message, "internal_error") from error
         except InputError as error:
             logger.warning("a chat is refused: {}", error)
             message = "This model has no chat template; use /v1/completions."

@@ -256,6 +256,7 @@ class DecodeRank(Rank):
             self._compute(step.chunk)
         if self.batch.rows:
             self._decode()
+        self._admit()  # to the slots of those who have ended
         # After the step, which waited for the device anyway: nothing of a running request's pace is spent on it.
         with self.run.watchdog.guard("K and V to arrive"):
             for inlet in self._inlets.values():
@@ -277,6 +278,7 @@ class DecodeRank(Rank):
             else:
                 ttnn.synchronize_device(self.model.mesh)
         now = time.monotonic()
+        journey.computed_s += now - started
         self.scheduler.prefill_pace.observe(chunk.count, now - started)
         self.scheduler.prefilled(chunk)
         if not last:
@@ -287,8 +289,9 @@ class DecodeRank(Rank):
                 token=choice.token,
                 logprob=as_message(choice.logprob),
                 computed=sequence.prompt_tokens - sequence.cached,
-                waited_ms=0.0,
-                prefill_ms=(now - journey.started_at) * 1e3,
+                # for its turn, and for the decode steps between its pieces
+                waited_ms=max(0.0, now - journey.started_at - journey.computed_s) * 1e3,
+                prefill_ms=journey.computed_s * 1e3,
             )
         )
         self._start(sequence, choice.token)

@@ -87,13 +87,18 @@ class Flight:
         if self.account.restarts > MOST_RESTARTS:
             raise PeerError(f"{reason}; {MOST_RESTARTS} times in one generation is too often")
         logger.info("a generation begins anew after {} tokens: {}", len(self._out), reason)
-        until = time.monotonic() + RESTART_S
-        while not self._frontend.hub.of_role(DECODE):
-            joined = self._frontend.joined
-            try:
-                await asyncio.wait_for(joined.wait(), until - time.monotonic())
-            except asyncio.TimeoutError:
-                raise PeerError(f"{reason}; no decode worker came within {RESTART_S:g} s") from None
+        front, until = self._frontend, time.monotonic() + RESTART_S
+        self._decode, self._prefill_rank, self._phase = "", "", "waiting"
+        front.waiting_for_ranks.add(self)
+        try:
+            while not front.hub.of_role(DECODE):
+                if front.stopping:
+                    raise front.ending()
+                await asyncio.wait_for(front.joined.wait(), until - time.monotonic())
+        except asyncio.TimeoutError:
+            raise PeerError(f"{reason}; no decode worker came within {RESTART_S:g} s") from None
+        finally:
+            front.waiting_for_ranks.discard(self)
 
     @property
     def _id(self) -> str:

@@ -29,13 +29,14 @@ class Frontend:
         """`deadline_s`: how long a generation may give no sign of life once it has its first token."""
         self.hub, self.router, self.deadline_s = hub, router, deadline_s
         self.flights: dict[int, Flight] = {}
+        self.waiting_for_ranks: set[Flight] = set()  # to begin anew
         self.numbers = itertools.count(1)
         self.joined = asyncio.Event()  # set anew whenever a worker joins
         self.transfers: deque[tuple[float, TransferState]] = deque(maxlen=SHOWN_TRANSFERS)
         self.on_transfer: Callable[[TransferState], None] = lambda transfer: None
         self.traced = Trace()
         self.roles_seen: set[str] = set()
-        self._stopping = False
+        self.stopping = False
         hub.on_message, hub.on_join, hub.on_lost = self._on_message, self._on_join, self._on_lost
 
     @property
@@ -48,19 +49,21 @@ class Frontend:
 
     def generate(self, wanted: Generation) -> Flight:
         """Begin `wanted`; raises OverloadError when it cannot even wait."""
-        if self._stopping:
-            raise self._ending()
+        if self.stopping:
+            raise self.ending()
         self.router.admission()
         return Flight(self, wanted)
 
     def stop(self) -> None:
         """End every generation, and begin no other."""
-        self._stopping = True
+        self.stopping = True
+        self.joined.set()
         for flight in self.flights.values():
-            flight.inbox.put_nowait(self._ending())
+            flight.inbox.put_nowait(self.ending())
 
     @staticmethod
-    def _ending() -> OverloadError:
+    def ending() -> OverloadError:
+        """Return what a generation is told when the server stops."""
         return OverloadError("the server stops", retry_after_s=10.0, unavailable=True)
 
     def _on_message(self, name: str, message: Message) -> None:
@@ -122,7 +125,10 @@ class Frontend:
             status = "unavailable"
         else:
             status = "ok" if all(count[role] for role in self.roles_seen) else "degraded"
-        return {"status": status, "workers": count, "mode": self.mode, "in_flight": len(self.flights)}
+        return {"status": status, "workers": count, "mode": self.mode, "in_flight": len(self._all())}
+
+    def _all(self) -> list[Flight]:
+        return [*self.flights.values(), *self.waiting_for_ranks]
 
     def state(self) -> State:
         """Return what the page shows."""
@@ -133,7 +139,7 @@ class Frontend:
         return State(
             mode=self.mode,
             workers=[_shown(worker) for worker in self.hub.workers.values()],
-            requests=[flight.shown(now) for flight in self.flights.values()],
+            requests=[flight.shown(now) for flight in self._all()],
             transfers=transfers,
         )
 
@@ -162,6 +168,6 @@ def _shown(worker: Worker) -> WorkerState:
         slots_used=state.in_flight if decodes else 0,
         slots_total=about.slots if decodes else 0,
         blocks_used=state.blocks_in_use,
-        blocks_cached=max(0, state.blocks_cached - state.blocks_in_use),
+        blocks_cached=state.blocks_cached,
         blocks_total=about.blocks,
     )

@@ -15,13 +15,14 @@ MOST_LAYERS = 4096  # of which the times are told
 class Journey:
     """What a decode rank knows of a request besides its sequence: when it came, and what its transfer cost so far (ms, bytes).
 
-    prefill: the start and end of the prefill rank's work, layers: each layer's sending and arrival, s of this rank's clock.
+    started_at: when the rank was told to compute it, s; computed_s: how long it has computed, s. prefill: the start and end of the prefill rank's work, layers: each layer's sending and arrival, s of this rank's clock.
     """
 
     number: int
     id: str
     came_at: float
     started_at: float = 0.0
+    computed_s: float = 0.0
     source: str = ""
     tokens: int = 0
     bytes: int = 0

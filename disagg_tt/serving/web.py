@@ -247,7 +247,7 @@ class _PatientProtocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._reading_due = self.loop.call_later(self.bears.stalled, self.transport.abort)
+        self._expect_reading()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -261,6 +261,16 @@ class _PatientProtocol(H11Protocol):
     def _expect_headers(self) -> None:
         if self._headers_due is None and self.conn.their_state is h11.IDLE:
             self._headers_due = self.loop.call_later(self.bears.headers, self.transport.abort)
+
+    def _expect_reading(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        self._reading_due = self.loop.call_later(self.bears.stalled, self._has_read, left)
+
+    def _has_read(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() < before:
+            self._expect_reading()
+        else:
+            self.transport.abort()
 
     def _cancel_headers_due(self) -> None:
         if self._headers_due is not None:

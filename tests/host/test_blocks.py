@@ -82,6 +82,14 @@ def test_what_was_not_registered_is_never_found():
     assert pool.cached == 1 and pool.available == 4
 
 
+def test_what_is_held_is_not_counted_as_kept_for_reuse_alone():
+    pool = BlockPool(8)
+    held = filled(pool, "ab", more=1)
+    assert (pool.in_use, pool.cached) == (3, 0)
+    pool.release(held)
+    assert (pool.in_use, pool.cached) == (0, 2)
+
+
 def test_a_later_block_without_its_prefix_is_not_found():
     pool = BlockPool(4)
     hashes = chain(tokens_of("ab"))
@@ -222,7 +230,7 @@ class Pool(RuleBasedStateMachine):
         held = {block for _, blocks, _ in self.requests for block in blocks}
         assert self.pool.in_use == len(held)
         assert self.pool.available == self.pool.blocks - len(held)
-        assert self.pool.cached == len(self.findable)
+        assert self.pool.cached == len(set(self.findable.values()) - held)
         for name in self.findable:
             assert self.pool.lookup(chain(tokens_of(name))) == self.prefix(name)
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from disagg_tt.config import check_sampling
 from disagg_tt.serving.api import ChatRequest, CompletionRequest, parse
+from disagg_tt.serving.completions import SEED_END
+from disagg_tt.serving.protocol import Wanted
 from disagg_tt.serving.refusal import Refusal
 
 seeded = settings(derandomize=True, database=None, deadline=None, max_examples=400)
@@ -72,8 +74,8 @@ NEEDED = {
 PLAUSIBLE = {
     "temperature": st.floats(0, 2) | st.integers(0, 2),
     "top_p": st.floats(0.1, 1),
-    "top_k": st.integers(0, 99),
-    "seed": st.integers(0, 2**63 - 1),
+    "top_k": st.sampled_from([0, 1, 99, 2**24]),
+    "seed": st.integers(-(2**63), 2**63 - 1),
     "n": st.integers(1, 128),
     "stop": TEXT | st.lists(TEXT, max_size=4),
     "stream": st.booleans(),
@@ -126,7 +128,11 @@ def test_any_object_is_a_request_within_its_bounds_or_refused():
         if request is None:
             return
         taken.append(kind)
-        check_sampling(request.temperature, request.top_p, request.top_k, request.seed or 0)
+        seed = (request.seed or 0) % SEED_END
+        check_sampling(request.temperature, request.top_p, request.top_k, seed)
+        sampled = {"top_p": float(request.top_p), "top_k": request.top_k, "seed": seed, "logprobs": None}
+        Wanted(number=1, id="a", tokens=[1], max_new_tokens=1, temperature=float(request.temperature),
+               eos_token_ids=[], **sampled)  # fmt: skip # or a worker could not be told of it
         assert 1 <= request.n <= 128 and all(request.stop) and request.model
         for name, value in fields.items():  # nothing that was asked for is dropped in silence
             if value is not None and name not in kind.model_fields:
@@ -146,6 +152,8 @@ def test_any_object_is_a_request_within_its_bounds_or_refused():
 @given(KINDS, st.sampled_from(NAMES), st.sampled_from([math.nan, math.inf, -math.inf, -1, -0.5]))
 @seeded
 def test_what_is_negative_or_no_number_is_refused_by_name(kind, name, value):
+    if (name, value) == ("seed", -1):
+        return
     fields = {"model": "m", "prompt": "a"} if kind is CompletionRequest else {"model": "m", "messages": [{"role": "user", "content": "a"}]}  # fmt: skip
     with pytest.raises(Refusal) as refused:
         parse(kind, json.dumps({**fields, name: value}).encode())

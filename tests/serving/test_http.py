@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import resource
 import socket
@@ -12,7 +13,10 @@ import pytest
 from fake import MODEL, FakeBackend, live, served
 
 from disagg_tt.errors import InputError, OverloadError, PeerError
-from disagg_tt.serving.generation import NewToken
+from disagg_tt.serving import web
+from disagg_tt.serving.answers import Answers
+from disagg_tt.serving.generation import Account, Generation, NewToken
+from disagg_tt.serving.metrics import Metrics
 from disagg_tt.serving.server import create_app
 from disagg_tt.serving.web import Patience, listen, serving
 
@@ -173,6 +177,42 @@ def test_a_client_that_leaves_between_tokens_ends_the_generation(backend, tokeni
     run(gone_after(backend, tokenizer, "/v1/completions", request, b"\n\n" if stream else b"", script))
 
 
+class Deaf:
+    """A stream that loses the first cancellation, as asyncio.wait_for can before Python 3.12, and goes on for ever."""
+
+    def __init__(self):
+        self.account, self.given, self.closed = Account(), 0, False
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        self.given += 1
+        if self.given > 1:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+        return NewToken(5)
+
+    async def aclose(self):
+        self.closed = True
+
+
+def test_an_answer_whose_cancellation_is_lost_ends_all_the_same(backend, tokenizer):
+    stream = Deaf()
+    backend.generate = lambda wanted: stream
+
+    async def main():
+        wanted = Generation("a", (1,), 10**6)
+        answers = Answers(backend, [wanted], tokenizer, [], Metrics(backend))
+        await answers.begin()
+        while stream.given < 2:
+            await asyncio.sleep(0)
+        await asyncio.wait_for(answers.close(), 30)
+        assert stream.closed and stream.given == 2
+
+    run(main())
+
+
 def test_a_client_that_leaves_while_its_body_is_read_begins_nothing(backend, tokenizer):
     async def main():
         async with live(backend, tokenizer) as address:
@@ -216,6 +256,36 @@ def test_a_reader_that_stalls_stops_the_taking_of_tokens_and_is_cut_off(backend,
 
     run(main())
     assert backend.streams[0].played < 10_000  # what the kernel's buffers and the server's 64 KiB hold
+
+
+def test_a_reader_that_is_slow_and_does_read_is_not_cut_off(backend, tokenizer, monkeypatch):
+    backend.script = endless(backend)
+    looked = []  # when the limit for a stalled client had passed
+    has_read = web._PatientProtocol._has_read
+    monkeypatch.setattr(
+        web._PatientProtocol,
+        "_has_read",
+        lambda self, before: (looked.append(before), has_read(self, before)),
+    )
+
+    async def main():
+        listener = listen("127.0.0.1", 0)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+        app = create_app(backend, tokenizer, served(max_seq_len=10**9))
+        async with serving(app, listener, Patience(stalled=0.5, closing=0.5)):
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.setblocking(False)
+                loop = asyncio.get_running_loop()
+                await loop.sock_connect(client, listener.getsockname())
+                await loop.sock_sendall(
+                    client, post("/v1/completions", {**TEXT, "stream": True, "max_tokens": 10**8})
+                )
+                while len(looked) < 3:
+                    assert await loop.sock_recv(client, 256), "it was cut off"
+                    await asyncio.sleep(0.005)  # so that 64 KiB take more than the limit
+
+    run(main())
 
 
 def test_what_comes_while_a_client_reads_slowly_goes_out_in_one_write_and_is_bounded(backend, tokenizer):

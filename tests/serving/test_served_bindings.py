@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -74,10 +75,24 @@ def test_every_prefill_rank_serves_every_decode_rank(binding, expected):
     assert "Traceback" not in server.log.text
 
 
+def budget(server, prompt):
+    """The parts of an answer's time to its first token, ms."""
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": 2}
+    header = server.http.post("/v1/completions", json=body).headers["x-time-budget"]
+    return {name: float(ms) for name, ms in (part.split("=") for part in header.split(","))}
+
+
 def test_one_mesh_serves_alone(expected):
     with served("--rank-binding", str(ROOT / "rank_bindings/n300x1_1d.yaml"), prefill=0, decode=1) as server:
         assert server.health()["status"] == "ok"
         for country in COUNTRIES:
             assert ask(server, prompt(country, 0)) == (expected[prompt(country, 0)], "local")
         server.at_rest()
+        began = time.monotonic()
+        with ThreadPoolExecutor(4) as pool:
+            words = [f"{n} is a number. " * 40 for n in range(4)]
+            budgets = list(pool.map(lambda text: budget(server, text), words))
+        elapsed_ms = (time.monotonic() - began) * 1e3
+        # one rank computes one prompt at a time: what waits for its turn is no prefill
+        assert 0 < sum(parts["prefill"] for parts in budgets) <= elapsed_ms
     assert re.search(r"local \(no prefill rank", server.log.text)

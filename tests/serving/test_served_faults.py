@@ -94,6 +94,9 @@ def test_a_rank_is_lost_and_streams_go_on_with_the_same_tokens(fragile, expected
         assert not answer.done()
     os.kill(fragile.rank_pid(rank), number)
     until(lambda: fragile.health()["status"] == "unavailable", "the loss is noticed")
+    health = fragile.health()
+    if health["status"] == "unavailable":  # and the ranks are not back yet
+        assert health["in_flight"] == (answer is not None)
     refusal = fragile.http.post("/v1/completions", json={**BODY, "prompt": "x"})
     if refusal.status_code != 200:  # unless the ranks are back already
         assert refusal.status_code == 503 and int(refusal.headers["retry-after"]) > 0
