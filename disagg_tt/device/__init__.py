@@ -11,7 +11,7 @@ What a device of this kind cannot do is in `features`, the only such place.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -22,6 +22,8 @@ from loguru import logger
 
 from disagg_tt.device import calls
 from disagg_tt.errors import InputError
+
+CARDS = Path("/dev/tenstorrent")
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,16 @@ def choose(environ: Mapping[str, str]) -> tuple[str, str]:
             )
         return real, "DISAGG_TT_DEVICE=ttnn"
     if not installed:
-        return "emulator", "ttnn is not installed"
+        card = (
+            ", though a card is here: pip install 'disagg_tt[ttnn]' with Python 3.10 or 3.12"
+            if CARDS.exists()
+            else ""
+        )
+        return "emulator", f"ttnn is not installed{card}"
     for sign in ("TT_METAL_MOCK_CLUSTER_DESC_PATH", "TT_METAL_SIMULATOR"):
         if environ.get(sign):
             return real, f"{sign} is set"
-    if Path("/dev/tenstorrent").exists():
+    if CARDS.exists():
         return "ttnn", "a Tenstorrent card is present"
     return "emulator", "ttnn is installed but no Tenstorrent card is present"
 
@@ -85,6 +92,7 @@ def __getattr__(name: str) -> Any:
     if kind == "emulator":
         module = import_module("disagg_tt.device.emulator")
     else:
+        find_root(os.environ)
         logger.disable("ttnn")  # its banner; the level of the rest is TT_LOGGER_LEVEL's
         module = import_module("ttnn")
     calls.log_process(module, os.environ)
@@ -92,6 +100,20 @@ def __getattr__(name: str) -> Any:
     return module
 
 
+def find_root(environ: MutableMapping[str, str]) -> None:
+    """Point TT_METAL_RUNTIME_ROOT to the ttnn package where it names a folder without tt_metal/, where ttnn finds nothing.
+
+    tt-run sets it for each rank, to TT_METAL_HOME or the folder that it was called from (ttnn 0.81, ttrun.py).
+    """
+    spec, root = find_spec("ttnn"), environ.get("TT_METAL_RUNTIME_ROOT")
+    if root is None or spec is None or spec.origin is None or (Path(root) / "tt_metal").is_dir():
+        return
+    package = Path(spec.origin).resolve().parent
+    if (package / "tt_metal").is_dir():
+        environ["TT_METAL_RUNTIME_ROOT"] = str(package)
+
+
 def log_choice() -> None:
     """Log, in one line, which device layer runs and why."""
-    logger.info("device layer: {} ({})", kind, _reason)
+    unused = kind == "emulator" and CARDS.exists() and not os.environ.get("DISAGG_TT_DEVICE")
+    logger.log("WARNING" if unused else "INFO", "device layer: {} ({})", kind, _reason)

@@ -114,3 +114,24 @@ def test_the_example_runs_under_tt_run(mock_environment, tmp_path):
     (tokens,) = map(int, re.findall(r"prompt tokens +(\d+)", done.err))
     assert perf_bytes(done.err) == [wire_bytes(tokens)] * 2
     assert done.err.count(SCRIPTED) == 2
+
+
+def test_under_tt_run_alone_the_ranks_find_ttnns_own_files(mock_environment, tmp_path):
+    """tt-run names the folder that it is called from as ttnn's root. The wheel's has all but the compiler."""
+    mapping = mock.write_rank_mapping(tmp_path)
+    programs = Path(sys.executable).parent
+    unset = {"TT_METAL_RUNTIME_ROOT", "TT_METAL_HOME"}
+    done = run(
+        [
+            *("env", "-C", str(ROOT), *(f"--unset={name}" for name in unset), str(programs / "tt-run")),
+            *("--rank-binding", str(ROOT / "rank_bindings" / "n300x2_1p1d.yaml")),
+            *("--mock-cluster-rank-binding", str(mapping)),
+            *("--mpi-args", "--oversubscribe"),
+            *(sys.executable, str(ROOT / "examples" / "prefill_decode.py")),
+        ],
+        DISAGG_TT_DEVICE="ttnn",
+        PROMPT="What is the capital of Japan?",
+        PATH=f"{programs}{os.pathsep}{os.environ['PATH']}",
+        **{name: value for name, value in mock_environment.items() if name not in unset},
+    )
+    assert done.code == 0 or "sfpi not found" in done.err, done.err
