@@ -1,4 +1,4 @@
-"""The command line: disagg-tt generate | check | bench. Heavy imports wait until a command needs them."""
+"""The command line of disagg-tt. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,17 @@ from disagg_tt import __version__
 from disagg_tt.config import KV_DTYPES, OVERLAPS, WEIGHT_DTYPES, Options, resolve_prompts
 from disagg_tt.errors import DisaggError, InputError
 from disagg_tt.transfer_config import TRANSPORTS, KVTransferConfig
+
+EXTRAS = {  # modules that a command needs and the plain installation lacks
+    "fastapi": "serve",
+    "httpx": "serve",
+    "huggingface_hub": "hub",
+    "matplotlib": "plot",
+    "prometheus_client": "serve",
+    "pydantic": "serve",
+    "transformers": "test",
+    "uvicorn": "serve",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,6 +43,11 @@ def parser() -> argparse.ArgumentParser:
         "emulate", help="run an unmodified ttnn script on the emulator", add_help=False
     )  # has a parser of its own, see main
     commands.add_parser("bench", help="measure", add_help=False)  # has a parser of its own, see main
+    commands.add_parser(
+        "conformance",
+        help="random calls on the emulator and on the real ttnn: do they agree?",
+        add_help=False,
+    )  # has a parser of its own, see main
     for name, does in (
         ("serve", "an OpenAI-compatible endpoint over the meshes of a rank binding"),
         ("proxy", "the endpoint alone, for workers that are started elsewhere"),
@@ -94,7 +110,10 @@ def add_generate_flags(to: argparse.ArgumentParser) -> None:
     to.add_argument("--trace", help="write a trace for Perfetto to this file")
     to.add_argument("--threads", type=int, help="torch threads a rank on the emulator")
     to.add_argument(
-        "--deadline-s", type=float, default=Options.deadline_s, help="limit of any wait for the other rank"
+        "--deadline-s",
+        type=float,
+        default=Options.deadline_s,
+        help="limit of a wait for the other rank, once it has started, for which it has 600 s",
     )
 
 
@@ -144,6 +163,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DisaggError as error:
         print(f"disagg-tt: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        extra = EXTRAS[error.name]
+        print(f"disagg-tt: {error.name} is not installed; pip install 'disagg_tt[{extra}]'", file=sys.stderr)
+        return InputError.exit_code
     except KeyboardInterrupt:
         return 130
 

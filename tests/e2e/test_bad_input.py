@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -207,4 +208,15 @@ def test_a_checkpoint_that_differs_between_the_ranks(differs, tmp_path):
     ]
     cli("generate", "--rank-binding", binding_with(tmp_path, *ranks)).refused(
         "the two ranks load different checkpoints or tokenizers", "give both the same --model"
+    )
+
+
+@pytest.mark.parametrize(("module", "extra"), [("fastapi", "serve"), ("prometheus_client", "serve")])
+def test_a_command_without_its_extra_names_it(module, extra):
+    program = (
+        f"import sys; sys.modules[{module!r}] = None\n"
+        "from disagg_tt.__main__ import main; sys.exit(main(['serve', '--port', '0']))"
+    )
+    run([sys.executable, "-c", program]).refused(
+        re.escape(f"{module} is not installed; pip install 'disagg_tt[{extra}]'")
     )
