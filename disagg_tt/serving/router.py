@@ -213,7 +213,7 @@ class Router:
             decode.prefill.fade()  # so that a way not taken is measured again some time
             return "pd", "cheaper remote"
         delay = self._backlog_ms(decode) + self._prefill_ms(decode, len(request.tokens) - cached)
-        if decode.running and delay > self.max_delay_steps * decode.step.each:
+        if self._decoding(decode) and delay > self.max_delay_steps * decode.step.each:
             if self._backlog_ms(prefill) > self.hopeless * estimates["ppd"]:
                 return "ppd", "prefill queue"
             return "pd", "delay bound"
@@ -240,8 +240,12 @@ class Router:
 
     def _local_ms(self, decode: Worker, tokens: int) -> float:
         """Time to a first token that the decode rank computes, between decode steps if any requests run."""
-        slower = 1 + 1 / self.stall_ratio if decode.running else 1
+        slower = 1 + 1 / self.stall_ratio if self._decoding(decode) else 1
         return slower * (self._backlog_ms(decode) + self._prefill_ms(decode, tokens))
+
+    def _decoding(self, decode: Worker) -> bool:
+        """Whether others than the request in hand run on a decode rank, or will while it is computed there: their K and V come."""
+        return bool(decode.running) or decode.requests - len(decode.queued) > 1
 
     def _remote_ms(self, prefill: Worker, request: Request, lacking: int) -> float:
         """Time until the decode rank has what the prefill rank computes; what is sent meanwhile is hidden."""

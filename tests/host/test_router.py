@@ -137,6 +137,16 @@ def test_running_requests_are_not_delayed_beyond_the_bound():
     assert (short.kind, short.reason) == ("ppd", "cheaper local")  # 300 ms are less than 16 steps of 20 ms
 
 
+def test_in_a_burst_the_decode_steps_to_come_count_as_those_that_run():
+    made = router()
+    alone, _ = turn(made, "1", [1] * 100)
+    for i in range(2, 6):  # of one moment: nobody has a token yet
+        made.choose_decode(f"{i}", [i] * 100)
+    burst = made.choose_prefill("2", 0)
+    assert not made.workers["d0"].running
+    assert burst.estimates["ppd"] == 2 * alone.estimates["ppd"]
+
+
 def test_a_hopeless_prefill_queue_is_worth_a_delay():
     made = router(max_delay_steps=16)
     begin(made, "running", [1] * 100)
