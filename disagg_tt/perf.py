@@ -101,7 +101,9 @@ def perf_text(perf: dict[str, Any], title: str) -> str:
         if perf.get(key) is not None:
             lines.append(f"  {label:34s} {form.format(perf[key])}")
     for layer, (sent, arrived) in enumerate(perf.get("layers", [])):
-        lines.append(f"    layer {layer:3d}: send enqueued at {sent:8.2f} ms, arrived at {arrived:8.2f} ms")
+        lines.append(
+            f"    layer {layer:3d}: computed and told of at {sent:8.2f} ms, arrived at {arrived:8.2f} ms"
+        )
     return "\n".join(lines)
 
 

@@ -193,7 +193,7 @@ def compare(
             right &= asked.usage["completion_tokens"] == len(answer.tokens)
             right &= asked.usage["prompt_tokens"] == answer.prompt_tokens
         same = len(answer.tokens) if right else agreeing(asked.text, answer, tokenizer)
-        counts["tokens_compared"] += same + (not right) if asked.whole else 0
+        counts["tokens_compared"] += min(same + (not right), len(answer.tokens)) if asked.whole else 0
         if not right:
             differing.append((number, same))
     return dict(counts), differing
@@ -207,6 +207,9 @@ async def near_ties(
     async with openai.AsyncOpenAI(base_url=f"{run.url}/v1", api_key="any") as client:
         model = [model.id async for model in client.models.list()][0]
         for number, same in differing:
+            if same == len(answers[number].tokens):
+                print(f"answer {number} has the right text, and another end or count of tokens")
+                continue
             prompt = run.asked[number].prompt
             tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
             response = await client.completions.create(
@@ -216,8 +219,15 @@ async def near_ties(
             top = response.choices[0].logprobs
             assert top is not None and top.top_logprobs is not None
             first, second = sorted(top.top_logprobs[0].values(), reverse=True)[:2]
-            print(f"answer {number} differs after {same} tokens, its best two logits by {first - second:.4f}")
-            ties += first - second <= NEAR_TIE
+            begin = tokenizer.decode(answers[number].tokens[:same])
+            known = any(
+                run.asked[number].text.startswith((begin + t).rstrip("\ufffd")) for t in top.top_logprobs[0]
+            )
+            print(
+                f"answer {number} differs after {same} tokens, its best two logits by {first - second:.4f}"
+                + ("" if known else ", and gave neither")
+            )
+            ties += known and first - second <= NEAR_TIE
     return ties
 
 

@@ -77,9 +77,14 @@ class End(ABC):
         self.memory = memory
         self.ring = [extents(m, load, 2 * i + sends) for i, m in enumerate(memory)]
 
+    def blank(self) -> None:
+        """Clear what this end receives into: what a stream before has left there must not pass for the next one's."""
+        if not self.sends:
+            self.memory.zero_()
+
     @abstractmethod
     def stream(self, request: int) -> list[float]:
-        """Run one stream; return time.perf_counter() at its agreed start, after each layer, and at its end."""
+        """Run one stream; return time.perf_counter() when it has begun here, after each layer, and at its end."""
 
     def digests(self) -> list[int]:
         """Return a digest of each layer buffer's bytes, in the order of the stream."""
@@ -165,6 +170,19 @@ class MeshSocketEnd(End):
             times.append(time.perf_counter())
         ttnn.synchronize_device(self._mesh)
         return [*times, time.perf_counter()]
+
+    def blank(self) -> None:
+        if not self.sends:
+            ttnn, first = self._ttnn, self._tensors[0]
+            empty = ttnn.from_torch(
+                torch.zeros(list(first.shape)),
+                dtype=first.dtype,
+                layout=ttnn.TILE_LAYOUT,
+                mesh_mapper=ttnn.ReplicateTensorToMesh(self._mesh),
+            )
+            for tensor in self._tensors:
+                ttnn.copy_host_to_device_tensor(empty, tensor)
+            ttnn.synchronize_device(self._mesh)
 
     def digests(self) -> list[int]:
         composer = self._ttnn.ConcatMeshToTensor(self._mesh, dim=2)

@@ -113,6 +113,7 @@ def measure(name: str, pair: Pair, end: End, warmup: int, iterations: int) -> li
     """
     figures = []
     for number in range(warmup + iterations):
+        end.blank()
         pair.barrier()
         called = time.perf_counter()
         times = end.stream(number)

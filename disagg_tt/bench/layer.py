@@ -77,9 +77,7 @@ class TorchLayer:
             for pool, new in zip(cache, (k, v), strict=True):
                 pool[:, :, -1:] = new
             k, v = cache
-        group = c.num_attention_heads // c.num_key_value_heads
-        k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
-        attention = functional.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
+        attention = functional.scaled_dot_product_attention(q, k, v, is_causal=cache is None, enable_gqa=True)
         x = x + functional.linear(attention.transpose(1, 2).reshape(batch, tokens, -1), self.o)
         h = functional.rms_norm(x, (c.hidden_size,), self.norm, c.rms_norm_eps)
         h = functional.silu(functional.linear(h, self.gate)) * functional.linear(h, self.up)

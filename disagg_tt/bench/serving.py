@@ -169,7 +169,7 @@ async def measure(urls: dict[str, str], plan: argparse.Namespace) -> dict[str, A
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure, print, and return 0."""
+    """Measure, print, and return 0; 1 where a server answered no request of the load."""
     plan = checked(argv)
     from disagg_tt.bench import load_report
     from disagg_tt.bench.load import servers
@@ -203,7 +203,9 @@ def main(argv: Sequence[str]) -> int:
         plan.json.write_text(line + "\n", encoding="utf-8")
     if plan.plot:
         load_report.plot(found["load"], plan.plot)
-    return 0
+    return int(
+        not all(any(repeat["replies"] for repeat in repeats) for repeats in found["load"].values() if repeats)
+    )
 
 
 def _one_mesh() -> str:

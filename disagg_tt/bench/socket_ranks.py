@@ -66,17 +66,27 @@ def transfers(
         for source, target in buffers:
             target.copy_(source)
 
+    nothing = ttnn.from_torch(
+        torch.zeros(CHIPS, 1, ROWS[name], WIDTH),
+        dtype=getattr(ttnn, name),
+        layout=ttnn.TILE_LAYOUT,
+        mesh_mapper=ttnn.ShardTensorToMesh(mesh, dim=0),
+    )
+    expected = [values_of(mesh, tensor(mesh, name, seed)) for seed in range(TENSORS)] if rank else []
     seconds, copies = [], []
     for _ in range(repeats + 1):
         if rank == 0:
             copies.append(timed(copy))
+        else:
+            for each in tensors:  # what the repeat before has left must not pass for this one's
+                ttnn.copy_host_to_device_tensor(nothing, each)
+            ttnn.synchronize_device(mesh)
         ttnn.distributed_context_barrier()
         mine = timed(move)
         # both began at the barrier, and the later end counts; in us, since ns of a slow machine do not fit in 32 bits
         seconds.append(max(ttnn.distributed_context_allgather_int(round(mine * 1e6))) / 1e6)
-    if rank:
-        for seed, received in enumerate(tensors):
-            if not torch.equal(values_of(mesh, received), values_of(mesh, tensor(mesh, name, seed))):
+        for seed, received in enumerate(tensors) if rank else ():
+            if not torch.equal(values_of(mesh, received), expected[seed]):
                 raise DisaggError(f"{name} tensor {seed} arrived with other values than were sent")
     return size * TENSORS, seconds[1:], copies[1:]
 

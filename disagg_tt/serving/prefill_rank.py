@@ -40,6 +40,7 @@ class _Job:
     start: int
     came_at: float
     started_at: float = 0.0
+    waited_s: float = 0.0  # of the time since, for a busy decode rank
 
 
 PATIENCE_S = 5e-3  # an idle decode rank has answered by then
@@ -120,6 +121,9 @@ class PrefillRank(Rank):
         tokens = sequence.tokens[first : first + count]
         on_layer = sender.send_layer if sender is not None else _nowhere
         logits = self.model.prefill_chunk(tokens, first, self.cache, sequence.blocks, on_layer)
+        if sender is not None:
+            job.waited_s += sender.waited_s
+            started += sender.waited_s
         token = 0
         if first + count == sequence.prompt_tokens:
             token = self._tell_first(sequence, job, logits)
@@ -156,8 +160,8 @@ class PrefillRank(Rank):
                 token=choice.token,
                 logprob=as_message(choice.logprob),
                 computed=sequence.prompt_tokens - sequence.cached,
-                waited_ms=(job.started_at - job.came_at) * 1e3,
-                prefill_ms=(now - job.started_at) * 1e3,
+                waited_ms=(job.started_at - job.came_at + job.waited_s) * 1e3,
+                prefill_ms=(now - job.started_at - job.waited_s) * 1e3,
             )
         )
         return choice.token

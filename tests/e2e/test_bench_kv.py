@@ -11,7 +11,9 @@ from runs import end_of, environment, started
 
 from disagg_tt.__main__ import main
 from disagg_tt.bench import kv
-from disagg_tt.bench.kv_ends import Load, extents
+from disagg_tt.bench.kv_ends import End, Load, extents
+from disagg_tt.bench.kv_ranks import measure
+from disagg_tt.errors import StreamError
 from disagg_tt.geometry import GEOMETRIES
 
 SMALL = '{"name": "small", "layers": 3, "tensors": 2, "heads": 2, "head_dim": 32, "dtype": "bfloat8_b"}'
@@ -112,3 +114,41 @@ def test_ctrl_c_ends_it_with_no_rank_left():
         running.process.send_signal(signal.SIGINT)
         done = end_of(running)
     assert (done.code in (130, -signal.SIGINT), done.left) == (True, []), done.err
+
+
+class Sent(End):
+    """What a sender has."""
+
+    def __init__(self, load):
+        super().__init__(True, load)
+
+    def stream(self, request):
+        raise NotImplementedError
+
+
+class Lossy(End):
+    """A receiver whose first stream arrives and whose second does not."""
+
+    def stream(self, request):
+        if request == 0:
+            self.memory.copy_(Sent(self.load).memory)
+        return [0.0] * (self.load.layers + 2)
+
+
+class Sender:
+    """The other rank, which has sent."""
+
+    def __init__(self, load):
+        self.digests = Sent(load).digests()
+
+    def barrier(self):
+        pass
+
+    def exchange(self, ours):
+        return self.digests
+
+
+def test_a_stream_that_does_not_arrive_is_noticed_after_one_that_did():
+    load = Load(2, 4096, 1024)
+    with pytest.raises(StreamError, match="what arrived differs from what was sent"):
+        measure("lossy", Sender(load), Lossy(False, load), warmup=1, iterations=1)

@@ -351,7 +351,7 @@ report.emit({"event": "files", "found": [n for n in os.listdir(folder) if n.star
 end(0)
 """
     code, events = run(binding, body)
-    assert code == 0 and all(len(event["found"]) == 1 for event in named(events, "files"))
+    assert code == 0 and [len(event["found"]) for event in named(events, "files")] == [1, 1]
 
 
 def test_a_binding_whose_ranks_share_a_mesh_starts_nothing(binding):
@@ -374,7 +374,9 @@ wait()
     code, events = run(binding, body, device="mock", argv=["--dry-run"])
     assert [event["reason"] for event in named(events, "failed")] == ["on purpose"]
     assert code == 1  # what the rank reported: a ValueError has no exit code of its own
-    for event in named(events, "env"):
+    found = named(events, "env")
+    assert len(found) == 2
+    for event in found:
         assert event["TT_VISIBLE_DEVICES"] == event["TT_MESH_ID"] == str(event["rank"])
         assert (event["DISAGG_TT_ROLE"], event["DISAGG_TT_DEVICE"]) == (event["role"], "ttnn")
         assert Path(event["TT_METAL_MOCK_CLUSTER_DESC_PATH"]).is_file()
