@@ -138,6 +138,9 @@ def _raised(error: BaseException) -> int:
     below = error.__traceback__
     while below is not None and below.tb_frame.f_code.co_filename == __file__:
         below = below.tb_next
+    sys.last_value = (
+        error  # as at the interpreter's own top level; the other ranks are told (waits.end_of_process)
+    )
     sys.excepthook(type(error), error.with_traceback(below), below)
     return 130 if isinstance(error, KeyboardInterrupt) else 1
 

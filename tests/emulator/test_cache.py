@@ -9,8 +9,10 @@ import torch
 from tensors import ROW_MAJOR, assert_rounded, bfloat16, chips, generator, height_sharded, put
 
 from disagg_tt.device import emulator as ttnn
+from disagg_tt.device.emulator.channel import REPLICATED
 from disagg_tt.device.emulator.numeric import round_on_device
 from disagg_tt.device.emulator.ops.pages import addresses
+from disagg_tt.device.emulator.send_recv import _rooms
 from disagg_tt.device.emulator.types import DataType
 from disagg_tt.errors import DeviceError
 
@@ -238,3 +240,16 @@ def test_fill_through_a_page_outside_the_pool_is_rejected(mesh: Any) -> None:
     table = put(mesh, torch.tensor([[3, 4]], dtype=torch.int32), ttnn.int32, ROW_MAJOR)
     with pytest.raises(DeviceError, match="page 4 .* is outside the pool's 4 blocks"):
         ttnn.experimental.paged_fill_cache(pool, put(mesh, torch.ones(1, KV, 64, DIM)), table, batch_idx=0)
+
+
+def test_a_page_table_that_is_received_anew_is_looked_up_anew(mesh: Any) -> None:
+    """Integers are received into the memory that they have."""
+    like = {"layout": ROW_MAJOR, "device": mesh}
+    table = ttnn.from_torch(torch.zeros(1, 2, dtype=torch.int32), dtype=ttnn.int32, **like)
+    where = ttnn.from_torch(torch.tensor([40], dtype=torch.int32), dtype=ttnn.int32, **like)
+    cache = ttnn.zeros([4, 1, 32, 32], layout=ttnn.TILE_LAYOUT, device=mesh).spec
+    for blocks in ([0, 1], [3, 2], [1, 3]):
+        for room in _rooms(table._values, table.spec, [0, 1], 2, REPLICATED):
+            room.copy_(torch.tensor(blocks))
+        found = addresses(where, table, cache)
+        assert found.pages.tolist() == [blocks] and [int(at) for at in found.writes] == [0, blocks[1], 8]

@@ -62,6 +62,31 @@ def test_enqueueing_behind_a_wait_does_not_block_and_keeps_the_order(queues: lis
     assert queue.idle
 
 
+def test_who_waits_for_a_queue_that_is_closed_is_told(queues: list[CommandQueue]) -> None:
+    queue, gate = queues[0], Gate()
+    queue.submit("receive", gate, waits=True)
+    queue.submit("add", lambda: None)
+    waiting: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            queue.wait()
+        except DeviceError as error:
+            waiting.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    closing = threading.Thread(target=queue.close)
+    closing.start()
+    while not queue._closing:
+        pass
+    gate.open()
+    for each in (thread, closing):
+        each.join(PATIENCE_S)
+        assert not each.is_alive()
+    assert "was closed with work pending" in str(waiting[0])
+
+
 def test_another_queue_runs_on_while_one_waits(queues: list[CommandQueue]) -> None:
     gate, done = Gate(), []
     queues[0].submit("receive", gate, waits=True)
@@ -186,6 +211,14 @@ def read_on_queue_1(mesh: Any) -> tuple[Any, Any]:
     ttnn.wait_for_event(1, ttnn.record_event(mesh, 0))
     with ttnn.command_queue(1):
         return x, ttnn.add(x, x)
+
+
+def test_what_the_host_has_waited_for_may_be_used_on_any_queue(two_queues: Any) -> None:
+    x, result = read_on_queue_1(two_queues)
+    with pytest.raises(DeviceError, match="without waiting for it"):
+        ttnn.add(x, result)
+    ttnn.synchronize_device(two_queues)
+    assert chips(ttnn.add(x, result))[0].unique().tolist() == [6]
 
 
 def test_freeing_a_tensor_that_another_queue_may_be_reading_is_an_error(two_queues: Any) -> None:

@@ -325,6 +325,17 @@ def test_files_keep_the_parts_and_the_place(mesh: Any, tmp_path: Path) -> None:
     assert torch.equal(torch.cat(chips(read), dim=3), both)
 
 
+def test_a_damaged_cache_of_as_tensor_is_made_anew(mesh: Any, tmp_path: Path) -> None:
+    def made() -> Any:
+        return ttnn.as_tensor(VALUES, ttnn.bfloat16, layout=TILE, cache_file_name=tmp_path / "x")
+
+    made()
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    assert torch.equal(made().to_torch(), VALUES.bfloat16()) and file.read_bytes() == whole
+
+
 def test_of_several_ranks_each_writes_a_file_of_its_own(
     mesh: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loguru import logger
 
 from disagg_tt.device.emulator.distributed import distributed_context_is_initialized, size
 from disagg_tt.device.emulator.mappers import TensorToMesh
@@ -153,7 +154,12 @@ def as_tensor(
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         dump_tensor(path, converted(None), mode=cache_dump_mode)
-    return load_tensor(path, device=device)
+    try:
+        return load_tensor(path, device=device)
+    except DeviceError as error:
+        logger.warning("{}; made anew", error)
+        dump_tensor(path, converted(None), mode=cache_dump_mode)
+        return load_tensor(path, device=device)
 
 
 def _tensor_path(file_name: str | Path) -> Path:

@@ -21,7 +21,7 @@ def reads(what: str, queue: CommandQueue, tensor: Tensor) -> None:
     writer = values.writer
     if writer is queue or writer is None:
         return
-    if not queue.knows(writer, values.written):
+    if not queue.knows(writer, values.written) and not writer.host_knows(values.written):
         raise DeviceError(
             f"{what} on {queue.name} uses a tensor that {writer.name} writes, without waiting for it; on hardware it may "
             "read old data. Record an event after the write and pass it to wait_for_event, or use one queue"

@@ -18,6 +18,7 @@ from disagg_tt.errors import DeviceError
 
 _HEAD = struct.Struct("<QIQ")  # number, flags, bytes of the values
 _leaving: list[tuple[Any, Any]] = []  # (request, data) that MPI still reads
+_leaving_changes = threading.Lock()
 
 
 class MpiChannel:
@@ -43,8 +44,9 @@ class MpiChannel:
 
     def _send(self, data: Any, tag: int) -> None:
         """Send without waiting; MPI reads `data` until it has left, even when this channel is gone."""
-        _leaving[:] = [pending for pending in _leaving if not pending[0].Test()]
-        _leaving.append((self._comm.Isend(data, dest=self._peer, tag=tag), data))
+        with _leaving_changes:
+            _leaving[:] = [pending for pending in _leaving if not pending[0].Test()]
+            _leaving.append((self._comm.Isend(data, dest=self._peer, tag=tag), data))
 
     def _take(self, tag: int, found: list[bytes]) -> bool:
         """Append the next message to `found` if it is there. (A receive in advance would outlive this channel.)"""

@@ -171,7 +171,8 @@ class CommandQueue:
         with self._changed:
             self._error = self._error or error
             self._changed.notify_all()
-        for peer in list(self.peers):
+            peers = list(self.peers)
+        for peer in peers:
             peer.fail(f"the other end's queue failed: {error}")
 
     def knows(self, other: CommandQueue, sequence: int) -> bool:
@@ -187,7 +188,8 @@ class CommandQueue:
         self.need_no_capture("a wait of the host")
         target = self.enqueued if sequence is None else sequence
         self.reach(target)
-        self._host_seen = max(self._host_seen, target)
+        with self._changed:  # two threads may wait
+            self._host_seen = max(self._host_seen, target)
 
     def stall(self, event: Event) -> None:
         """Make this queue wait until `event` is reached; what it covers may then be used here."""
@@ -227,6 +229,12 @@ class CommandQueue:
                     while not self._pending and not self._closing:
                         self._changed.wait()
                     if self._closing or self._error is not None:
+                        if self._pending:  # for which somebody may wait
+                            self._error = self._error or DeviceError(
+                                f"{self.name} was closed with work pending"
+                            )
+                            self._changed.notify_all()
+                            _count_busy(-1)
                         return
                     self._running, work, _ = self._pending.popleft()
                     self._progress.step()

@@ -216,7 +216,9 @@ def _rooms(values: Values, spec: Spec, ours: list[int], count: int, flags: int) 
             data = torch.empty(shape, dtype=form)
         else:
             data = whole(data, spec).to(form).expand(shape).clone(memory_format=torch.contiguous_format)
-    values.hold(data)
+    values.hold(
+        data.view(data.shape)
+    )  # another object: what was derived from the values before is known by theirs
     values.private = True
     if flags & UNDEFINED:
         return []
