@@ -73,12 +73,15 @@ def fill_cache_for_user_(cache: Tensor, input: Tensor, batch_index: int, *, upda
 def _fill(op: str, cache: Tensor, values: Tensor, batch_idx: int, update_idx: int) -> Tensor:
     on_device(op, cache, values)
     _fill_check(op, cache.spec, values.spec, batch_idx, update_idx)
+    end = (
+        update_idx + values.padded_shape[2]
+    )  # the work must not hold `values`, whose memory may be freed before it runs
 
     def compute(data: torch.Tensor) -> torch.Tensor:
         make_writable(cache, data.shape[0])
         held = cache._values.data
         assert held is not None
-        rows = held[:, batch_idx, :, update_idx : update_idx + values.padded_shape[2]]
+        rows = held[:, batch_idx, :, update_idx:end]
         written = min(data.shape[3], rows.shape[2])  # the cache's padding is not held
         rows[:, :, written:] = 0
         rows[:, :, :written] = data[:, 0, :, :written]
