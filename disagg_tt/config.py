@@ -11,6 +11,7 @@ from disagg_tt.errors import CheckpointError, InputError, PlanError
 from disagg_tt.transfer_config import TRANSPORTS, WIRES, KVTransferConfig
 
 TILE = 32
+MAX_DEADLINE_S = 7 * 86400  # a week; poll and epoll take no more than some 24 days
 MAX_BATCH = 32
 KV_DTYPES = ("bfloat8_b", "bfloat16")
 WEIGHT_DTYPES = ("bfloat16", "bfloat8_b", "bfloat4_b")
@@ -277,8 +278,14 @@ class Options:
         ):
             if value is not None:
                 check_number(name, value, 1, most)
-        if not 0 < self.deadline_s < math.inf:
-            raise InputError(f"--deadline-s is {self.deadline_s!r}, allowed are seconds above 0; give 60")
+        if not 0 < self.deadline_s <= MAX_DEADLINE_S:
+            raise InputError(
+                f"--deadline-s is {self.deadline_s!r}, allowed are seconds above 0 up to {MAX_DEADLINE_S}; give 60"
+            )
+        if self.trace and not Path(self.trace).absolute().parent.is_dir():
+            raise InputError(
+                f"--trace is {self.trace!r}, in a folder that is not there; make it, or name another file"
+            )
         for name, choice, allowed in (
             ("--kv-dtype", self.kv_dtype, KV_DTYPES),
             ("--weight-dtype", self.weight_dtype, (None, *WEIGHT_DTYPES)),

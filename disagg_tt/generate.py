@@ -26,6 +26,7 @@ from disagg_tt.kv_stream.local import LocalSender
 from disagg_tt.link import Link, exchange_hellos
 from disagg_tt.perf import Timeline
 from disagg_tt.prefill import Prefill
+from disagg_tt.report import in_pieces
 from disagg_tt.run import Answers, Run
 
 
@@ -203,4 +204,5 @@ def _answer_on(mesh: Any, run: Run, requests: list[Request], timeline: Timeline)
 
 def _emit_trace(run: Run, timeline: Timeline, offset: float) -> None:
     if run.options.trace:
-        run.emit({"event": "trace", "events": timeline.trace_events(offset)})
+        for events in in_pieces(timeline.trace_events(offset)):
+            run.emit({"event": "trace", "events": events})

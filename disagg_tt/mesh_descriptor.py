@@ -37,7 +37,7 @@ def read_mesh_descriptor(path: Path) -> dict[int, tuple[int, int]]:
             if name not in declared:
                 raise ValueError(f"mesh_descriptor {name!r} is not declared; declared are {sorted(declared)}")
             shapes[int(_only(mesh, "mesh_id"))] = _shape(declared[name])
-    except (OSError, UnicodeDecodeError, ValueError, AttributeError) as error:
+    except (OSError, UnicodeDecodeError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise RankBindingError(
             f"mesh graph descriptor {path}: {error}. Allowed: protobuf text with mesh_descriptors and instances, as in "
             "mesh_descriptors/n300x2.textproto. Correct the file."

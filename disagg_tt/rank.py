@@ -21,7 +21,7 @@ from disagg_tt.errors import DisaggError, InputError, PeerError, RankBindingErro
 from disagg_tt.launch import default_binding, in_job, job_rank, job_size
 from disagg_tt.mesh_descriptor import read_mesh_descriptor
 from disagg_tt.rank_binding import RankBinding
-from disagg_tt.report import Event, Reporter, configure_logging
+from disagg_tt.report import Event, Reporter, configure_logging, in_pieces
 from disagg_tt.terminal import Terminal, log_perf
 from disagg_tt.transfer_config import KVTransferConfig
 from disagg_tt.watchdog import Watchdog
@@ -67,7 +67,8 @@ def main(options: Options) -> int:
     def work(seat: Seat) -> None:
         plain = _answers(options, seat)
         if seat.role == PREFILL:
-            seat.emit({"event": "answers", "answers": plain})
+            for answers in in_pieces(plain):
+                seat.emit({"event": "answers", "answers": answers})
         if not os.environ.get("DISAGG_TT_EVENTS"):
             _finish_local(local, seat.role, plain)
 

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import zmq
@@ -24,6 +24,21 @@ _QUEUED_EVENTS = (
 _LINGER_MS = 2000  # how long close() may wait for queued events to leave
 
 Event = dict[str, Any]
+
+
+def in_pieces(items: Sequence[Any]) -> Iterator[list[Any]]:
+    """Give `items`, in order, in lists each of which fits an event: a larger one would be dropped."""
+    piece: list[Any] = []
+    size = 0
+    for item in items:
+        length = len(json.dumps(item)) + 2
+        if piece and size + length > MAX_EVENT_BYTES // 2:
+            yield piece
+            piece, size = [], 0
+        piece.append(item)
+        size += length
+    if piece:
+        yield piece
 
 
 class Reporter:

@@ -34,7 +34,7 @@ class Terminal:
         elif name in ("first_token", "token"):
             self._text(event)
         elif name == "answers":
-            self.answers = event["answers"]
+            self.answers += event["answers"]
         elif name == "trace":
             self._trace_events += event["events"]
         elif name == "failed" and self.failure is None:
@@ -56,9 +56,9 @@ class Terminal:
     def _text(self, event: Event) -> None:
         if not self._streams:
             return
-        if event["event"] == "token" and event["first"] and event["request"] in self._first_shown:
-            return
-        if event["event"] == "first_token":
+        if event["event"] == "first_token" or event["first"]:  # whichever comes first: two ranks tell of it
+            if event["request"] in self._first_shown:
+                return
             self._first_shown.add(event["request"])
         self._out.write(event["text"])
         self._out.flush()

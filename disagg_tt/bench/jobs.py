@@ -95,7 +95,7 @@ def _two_ranks(program: str, words: list[str], env: dict[str, str], trace: Path)
 
     def take(event: dict[str, Any]) -> None:
         if event["event"] == "answers":
-            job.answers = event["answers"]
+            job.answers += event["answers"]
         elif event["event"] == "trace":
             job.spans += event["events"]
         elif event["event"] == "failed":

@@ -219,6 +219,8 @@ class TcpReceiver(WireReceiver):
                             with contextlib.suppress(OSError, DisaggError):  # it has gone again
                                 self._ask(listener, unproven, ready)
                             continue
+                        if sock not in unproven:  # it was dropped for another a moment ago
+                            continue
                         ready.unregister(sock)
                         channel = TcpChannel(sock, self.peer, PROVE_S)
                         try:

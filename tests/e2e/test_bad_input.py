@@ -34,6 +34,14 @@ AT_ONCE = {
     "temperature": (["--temperature", "-1"], "--temperature is -1.0"),
     "top-p": (["--top-p", "nan"], "--top-p is nan"),
     "deadline": (["--deadline-s", "0"], "--deadline-s is 0"),
+    "no deadline": (
+        ["--deadline-s", "1e7"],
+        "--deadline-s is 10000000.0, allowed are seconds above 0 up to 604800",
+    ),
+    "trace to nowhere": (
+        ["--trace", "nowhere/run.json"],
+        "--trace is 'nowhere/run.json', in a folder that is not there",
+    ),
     "no prompts file": (["--prompts-file", "nowhere.txt"], "--prompts-file is 'nowhere.txt'"),
     "no binding": (["--rank-binding", "nowhere.yaml"], "rank binding nowhere.yaml: there is no such file"),
 }

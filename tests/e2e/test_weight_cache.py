@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from runs import CHECKPOINT, cli
@@ -67,6 +74,37 @@ def test_another_dtype_mesh_or_checkpoint_has_files_of_its_own(load, tmp_path, m
     monkeypatch.setattr(Checkpoint, "digest", lambda self: "another")
     assert load("bfloat16")[1] == TENSORS
     assert len(files(tmp_path)) == 4 * TENSORS
+
+
+def test_a_checkpoint_that_was_written_anew_has_files_of_its_own(load, tmp_path, monkeypatch):
+    """Its digest samples large files, so it may be the same."""
+    assert load()[1] == TENSORS
+    stat = Path.stat
+
+    def later(self, **options):
+        found = stat(self, **options)
+        return SimpleNamespace(
+            st_size=found.st_size, st_mode=found.st_mode, st_mtime_ns=found.st_mtime_ns + 1
+        )
+
+    monkeypatch.setattr(Path, "stat", later)
+    assert load()[1] == TENSORS
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(load, tmp_path):
+    load()
+    (folder,) = {file.parent for file in files(tmp_path).values()}
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
+    )
+    left = [
+        folder / f".{socket.gethostname()}.{pid}.embedding.tensorbin"
+        for pid in (int(ended.stdout), os.getpid())
+    ]
+    for file in left:
+        file.write_bytes(b"half")
+    load()
+    assert [file.exists() for file in left] == [False, True]
 
 
 def test_a_damaged_file_is_made_anew(load, tmp_path):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
 import zmq
 
-from disagg_tt.report import MAX_EVENT_BYTES, Reporter, decode_event
+from disagg_tt.report import MAX_EVENT_BYTES, Reporter, decode_event, in_pieces
 
 BOUND = 60.0  # seconds: far above what is measured (2, the reporter's own limit), below a hang
 
@@ -43,3 +44,12 @@ def test_event_size_limit():
     event = b'{"event": "x", "rank": 0, "text": "%s"}'
     assert decode_event(event % (b"a" * 1000)) is not None
     assert decode_event(event % (b"a" * MAX_EVENT_BYTES)) is None
+
+
+def test_what_is_too_long_for_one_event_goes_in_several_and_whole():
+    items = [{"n": n, "text": "x" * size} for n, size in enumerate([10, MAX_EVENT_BYTES // 3] * 4 + [5])]
+    pieces = list(in_pieces(items))
+    assert [item for piece in pieces for item in piece] == items
+    assert 1 < len(pieces) < len(items)
+    assert all(len(json.dumps(piece)) < MAX_EVENT_BYTES for piece in pieces)
+    assert list(in_pieces([])) == []
