@@ -15,7 +15,7 @@ class Terminal:
     """Shows a run's events: answers on stdout, everything else on stderr.
 
     One prompt's text streams as it is decoded; several prompts' texts are shown one after the other when complete.
-    `asynchronous_first`: the prefill rank's first token is shown at once, and the decode rank's copy of it skipped.
+    Both ranks tell of the first token: it is shown when the first of them does, once.
     """
 
     def __init__(self, prompts: int, *, as_json: bool, trace: str | None, out: TextIO = sys.stdout):

@@ -4,7 +4,7 @@ A wire moves the layers of one stream at a time, each a number of bytes known be
 first stream begins; then for each stream:
 
     decode    begin: PREFILL_REQUEST ---->  begin      both know request, layers and bytes a layer, and compare
-    prefill   begin <---- PREFILL_RESPONSE  begin
+    prefill   receive (layer 0) <---- PREFILL_RESPONSE  begin
     prefill   send, sent (layer 0) ... send, sent (layer L-1)  ---->  receive (layer 0) ... receive (layer L-1)
     decode    finish: TAKEN  ---->  finish
 
