@@ -97,7 +97,10 @@ class Scheduler:
         stall_ratio: float = 1.0,
         chunk: int = 512,
     ):
-        """`most_blocks`: of one sequence, None for all there are. `stall_ratio`: decode steps that other work may take between two; `chunk`: tokens of a piece when none run."""
+        """`most_blocks`: of one sequence, None for all there are.
+
+        `stall_ratio`: decode steps that other work may take between two; `chunk`: tokens of a piece when none run.
+        """
         self.slots, self.pool = slots, pool
         self.most_blocks = pool.blocks if most_blocks is None else min(most_blocks, pool.blocks)
         self.max_waiting, self.stall_ratio, self.chunk = max_waiting, stall_ratio, chunk
